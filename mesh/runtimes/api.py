@@ -1,0 +1,97 @@
+"""What the serving pod asks of a runtime: the thing that executes one family of model formats.
+
+An in-process runtime is one file in this package, imported when its first model comes. An
+external runtime (``mmesh.ModelRuntime``) and an isolated worker process will stand behind the
+same two protocols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output. ``shape`` has -1 for a free axis; ``datatype`` is OIP's (``FP32``)."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a runtime needs to load a model: the artifact as it lies on disk, and its type."""
+
+    model_id: str
+    model_type: str
+    path: Path  # a file or a folder
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetadata:
+    platform: str
+    versions: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+# BYTES tensors are arrays of dtype object that hold ``bytes``; BF16 is carried as uint16 with
+# datatype "BF16" because numpy has none.
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    name: str
+    datatype: str
+    data: Array  # its shape is the tensor's shape
+
+
+class LoadedModel(Protocol):
+    """A model in memory. ``infer`` may be called from several threads at once."""
+
+    @property
+    def metadata(self) -> ModelMetadata: ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Measured, or the best estimate that the runtime has; > 0."""
+        ...
+
+    def infer(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], parameters: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Run once. ``inputs`` are checked against the metadata already (names, datatypes, ranks).
+
+        ``outputs`` names what is wanted; empty is all. Raises ``MeshError`` (INVALID_ARGUMENT
+        when the input's content is at fault).
+        """
+        ...
+
+    def unload(self) -> None:
+        """Let go of all memory. Called once, when no request is inside."""
+        ...
+
+
+class Runtime(Protocol):
+    """One family of formats. Methods run in a worker thread, never in the event loop."""
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """The ``modelFormat`` names that it answers to."""
+        ...
+
+    def predict_size_bytes(self, spec: ModelSpec) -> int:
+        """Near instant, conservative, from the files on disk alone."""
+        ...
+
+    def load(self, spec: ModelSpec) -> LoadedModel:
+        """Raises ``LoadFailed`` with FAILED_PRECONDITION when the artifact is at fault."""
+        ...
