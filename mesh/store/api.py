@@ -7,7 +7,8 @@
   lost events, so a consumer is always able to be level-triggered.
 * Keys and values are bytes. Keys given here are relative: the implementation puts the prefix
   ``/<prefix>/<namespace>/`` in front and takes it off again.
-* While the store is away calls raise ``StoreUnavailable``; watches wait and resume.
+* While the store is away calls raise ``StoreUnavailable``; watches wait and resume. A write that
+  raised ``StoreUnavailable`` may or may not have been applied: read, or write by compare-and-swap.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from mesh.core.errors import Unavailable
+from mesh.core.errors import InvalidArgument, Unavailable
 
 MAX_TXN_OPS: Final = 128  # etcd's default
 
@@ -27,6 +28,10 @@ class StoreUnavailable(Unavailable):
 
 class StoreFull(StoreUnavailable):
     """etcd raised NOSPACE: its quota is used up; compact, defragment, disarm the alarm."""
+
+
+class LeaseNotFound(Unavailable):
+    """A write named a lease that has expired or was revoked: take a new one and publish anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,14 @@ class Lease(Protocol):
         """True once the store has let it expire; take a new one and publish anew."""
         ...
 
+    @property
+    def remaining_ms(self) -> int:
+        """For how long the store certainly keeps it, as far as is known here; 0 when unsure.
+
+        A holder of a lock must not act as its holder at 0, although the lease may still live.
+        """
+        ...
+
     async def wait_lost(self) -> None:
         """Return when the lease is lost."""
         ...
@@ -135,6 +148,10 @@ class Lease(Protocol):
 
 
 class KVStore(Protocol):
+    async def wait_ready(self) -> None:
+        """Return when the store answers; waits for ever, and says in the log what it waits for."""
+        ...
+
     async def get(self, key: str) -> KeyValue | None: ...
 
     async def range(self, prefix: str, *, page_size: int = 1_000) -> Snapshot:
@@ -163,6 +180,41 @@ class KVStore(Protocol):
         """First a Snapshot, then Changes for ever (again a Snapshot after history was lost)."""
         ...
 
-    async def lease(self, ttl_ms: int) -> Lease: ...
+    async def lease(self, ttl_ms: int) -> Lease:
+        """A new lease. The store may round ``ttl_ms`` up (etcd: to whole seconds)."""
+        ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Watches end, keep-alives stop, calls fail. Leases are not revoked: they run out."""
+        ...
+
+
+def check_txn(
+    conditions: Sequence[Condition], operations: Sequence[Operation], reads: Sequence[str]
+) -> None:
+    """Refuse what etcd would refuse, with a message that names the key.
+
+    Raises InvalidArgument when a list is longer than ``MAX_TXN_OPS``, or when a key is put twice,
+    or both put and deleted: such a transaction has no meaning in etcd.
+    """
+    longest = max(len(conditions), len(operations), len(reads))
+    if longest > MAX_TXN_OPS:
+        raise InvalidArgument(
+            f"a transaction of {longest} items is over the limit of {MAX_TXN_OPS}: split it"
+        )
+    put_keys: set[str] = set()
+    for operation in operations:
+        if isinstance(operation, Put):
+            if operation.key in put_keys:
+                raise InvalidArgument(f"key {operation.key!r} is put twice in one transaction")
+            put_keys.add(operation.key)
+    if not put_keys:
+        return
+    for operation in operations:
+        if isinstance(operation, Delete):
+            if operation.prefix:
+                hit = next((key for key in put_keys if key.startswith(operation.key)), None)
+            else:
+                hit = operation.key if operation.key in put_keys else None
+            if hit is not None:
+                raise InvalidArgument(f"key {hit!r} is put and deleted in one transaction")
