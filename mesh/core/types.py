@@ -49,9 +49,9 @@ class InstanceState(Enum):
 class ModelRecord:
     """A registered concrete model: ``models/<model_id>``.
 
-    ``model_type``, ``path`` and ``key`` are ModelMesh's ``ModelInfo``: opaque to placement. ``path``
-    is a URI (``s3://bucket/dir``, ``file:///dir``, ``pvc://claim/dir``) or a path inside the
-    storage that ``key`` (JSON: ``storage_key``, ``storage_params``, ``schema_path``,
+    ``model_type``, ``path`` and ``key`` are ModelMesh's ``ModelInfo``: opaque to placement.
+    ``path`` is a URI (``s3://bucket/dir``, ``file:///dir``, ``pvc://claim/dir``) or a path inside
+    the storage that ``key`` (JSON: ``storage_key``, ``storage_params``, ``schema_path``,
     ``disk_size_bytes``, ``model_type``) names. ``model_type`` is the runtime format, for example
     ``onnx`` or ``sklearn``.
     """

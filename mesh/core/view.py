@@ -1,0 +1,503 @@
+"""``ClusterView``: everything a router knows of the mesh, in memory, fed by watches.
+
+It owns the indexes (copies by model and by instance, aliases by model, the table of routable
+copies) and this router's own overlays (placements that it has asked for and loads that it has
+seen end, before the store tells of them). It decides nothing: placement, routing, transitions and
+repair are functions over it. It does no I/O and has no clock.
+
+One thread writes and reads it (the event loop of a router); nothing is locked. Every mutator is
+idempotent and tolerates events in any order between families: a copy may arrive before its
+instance (it is not routable until the instance is known), an instance may go before its copies'
+keys do (they stop being routable at once). It fails in no way of its own: what is missing is
+simply not there.
+
+Sizes: meant for 100,000 models and 1,000 instances. Each mutator is O(1) or O(copies touched);
+nothing here walks all models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from mesh.core.types import (
+    CopyRecord,
+    CopyState,
+    FailureRecord,
+    InstanceRecord,
+    InstanceState,
+    ModelRecord,
+    VModelRecord,
+)
+
+FAMILIES: Final = frozenset({"models", "vmodels", "instances", "copies", "failures"})
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """``name`` means ``model``; ``via`` tells whether through an alias or directly."""
+
+    name: str
+    model_id: str
+    via: Literal["vmodel", "model"]
+    model: ModelRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Unresolved:
+    """No such name. ``reason``: ``unknown_name`` or ``dangling_alias``."""
+
+    name: str
+    reason: Literal["unknown_name", "dangling_alias"]
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLoad:
+    """A load that this router asked an instance for and has not seen in the view yet."""
+
+    size_bytes: int
+    asked_at_ms: int
+
+
+class InstanceSlot:
+    """One instance with what is known to be on it. Read it; only ``ClusterView`` writes it."""
+
+    __slots__ = ("copies", "copies_bytes", "loading", "pending", "pending_bytes", "record")
+
+    def __init__(self, record: InstanceRecord) -> None:
+        self.record = record
+        self.copies: dict[str, CopyRecord] = {}  # by model id
+        self.copies_bytes = 0
+        self.loading = 0  # copies in state LOADING
+        self.pending: dict[str, PendingLoad] = {}  # by model id
+        self.pending_bytes = 0
+
+    @property
+    def effective_used_bytes(self) -> int:
+        """The larger of what it advertised and what its copies add up to, and what is on its way.
+
+        An advert is up to ``advert_min_interval_ms`` old: trusting it alone makes routers herd.
+        """
+        return max(self.record.used_bytes, self.copies_bytes) + self.pending_bytes
+
+    @property
+    def effective_free_bytes(self) -> int:
+        return max(0, self.record.capacity_bytes - self.effective_used_bytes)
+
+    @property
+    def loads_in_progress(self) -> int:
+        return max(self.record.loading_count, self.loading) + len(self.pending)
+
+    def __repr__(self) -> str:
+        return (
+            f"InstanceSlot({self.record.instance_id} {self.record.state.value} "
+            f"copies={len(self.copies)} loading={self.loading} pending={len(self.pending)} "
+            f"free={self.effective_free_bytes}/{self.record.capacity_bytes})"
+        )
+
+
+class ClusterView:
+    """See the module's docstring. ``models``, ``vmodels`` and ``instances`` are for reading."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, ModelRecord] = {}
+        self.vmodels: dict[str, VModelRecord] = {}
+        self.instances: dict[str, InstanceSlot] = {}
+        # Store revision up to which the copies are known: what a Load request carries.
+        self.revision = 0
+        # Grows whenever a name may resolve or route differently: the key of a router's hot table.
+        self.routes_epoch = 0
+        self._copies: dict[str, dict[str, CopyRecord]] = {}  # model id -> instance id -> record
+        self._absent: dict[str, dict[str, CopyRecord]] = {}  # instance without a record -> copies
+        self._loaded: dict[str, tuple[str, ...]] = {}  # model id -> routable instances, sorted
+        self._failures: dict[str, dict[str, FailureRecord]] = {}
+        self._aliases: dict[str, tuple[str, ...]] = {}  # model id -> names that mean it
+        self._unaliased: set[str] = set()  # auto_delete models that no alias names
+        self._wanting: set[str] = set()  # models with a minimum number of copies
+        self._marks: dict[tuple[str, str], int] = {}  # locally known LOADED -> claim's revision
+        self._last_used: dict[str, int] = {}
+        self._seen: set[str] = set()
+
+    # ---- models ---------------------------------------------------------------------------
+
+    def put_model(self, record: ModelRecord) -> None:
+        model_id = record.model_id
+        if model_id not in self.models:
+            self.routes_epoch += 1
+        self.models[model_id] = record
+        _keep(self._wanting, model_id, record.pinned or record.min_copies > 1)
+        _keep(self._unaliased, model_id, record.auto_delete and model_id not in self._aliases)
+
+    def delete_model(self, model_id: str) -> None:
+        """Unregister. Copies and failures go by their own events."""
+        if self.models.pop(model_id, None) is not None:
+            self.routes_epoch += 1
+        self._wanting.discard(model_id)
+        self._unaliased.discard(model_id)
+        self._last_used.pop(model_id, None)
+
+    def replace_models(self, records: Iterable[ModelRecord]) -> None:
+        """A snapshot: what it does not hold is gone."""
+        self._seen.add("models")
+        fresh = {record.model_id: record for record in records}
+        for model_id in [known for known in self.models if known not in fresh]:
+            self.delete_model(model_id)
+        for record in fresh.values():
+            self.put_model(record)
+
+    def put_last_used(self, last_used_at_ms: Mapping[str, int]) -> None:
+        """Merge one instance's flushed blob; the latest instant wins."""
+        for model_id, at_ms in last_used_at_ms.items():
+            if model_id in self.models and at_ms > self._last_used.get(model_id, 0):
+                self._last_used[model_id] = at_ms
+
+    def last_used_at_ms(self, model_id: str) -> int:
+        """The latest use that the store told of; 0 when never."""
+        model = self.models.get(model_id)
+        recorded = model.last_used_at_ms if model is not None else 0
+        return max(recorded, self._last_used.get(model_id, 0))
+
+    # ---- vmodels --------------------------------------------------------------------------
+
+    def put_vmodel(self, record: VModelRecord) -> None:
+        old = self.vmodels.get(record.name)
+        self.vmodels[record.name] = record
+        if old is not None and _named(old) == _named(record):
+            if old.active_model_id != record.active_model_id:
+                self.routes_epoch += 1
+            return
+        self.routes_epoch += 1
+        if old is not None:
+            self._unname(old, keep=_named(record))
+        for model_id in _named(record):
+            names = self._aliases.get(model_id, ())
+            if record.name not in names:
+                self._aliases[model_id] = (*names, record.name)
+            self._unaliased.discard(model_id)
+
+    def delete_vmodel(self, name: str) -> None:
+        record = self.vmodels.pop(name, None)
+        if record is not None:
+            self.routes_epoch += 1
+            self._unname(record, keep=frozenset())
+
+    def replace_vmodels(self, records: Iterable[VModelRecord]) -> None:
+        self._seen.add("vmodels")
+        fresh = {record.name: record for record in records}
+        for name in [known for known in self.vmodels if known not in fresh]:
+            self.delete_vmodel(name)
+        for record in fresh.values():
+            self.put_vmodel(record)
+
+    def _unname(self, record: VModelRecord, *, keep: frozenset[str]) -> None:
+        for model_id in _named(record) - keep:
+            left = tuple(n for n in self._aliases.get(model_id, ()) if n != record.name)
+            if left:
+                self._aliases[model_id] = left
+                continue
+            self._aliases.pop(model_id, None)
+            model = self.models.get(model_id)
+            _keep(self._unaliased, model_id, model is not None and model.auto_delete)
+
+    # ---- instances ------------------------------------------------------------------------
+
+    def put_instance(self, record: InstanceRecord) -> None:
+        instance_id = record.instance_id
+        slot = self.instances.get(instance_id)
+        if slot is None:
+            slot = self.instances[instance_id] = InstanceSlot(record)
+            for copy in self._absent.pop(instance_id, {}).values():
+                _add_copy(slot, copy)
+            self._refresh_routes(slot)
+            return
+        routable_before = slot.record.state is InstanceState.READY
+        slot.record = record
+        if routable_before != (record.state is InstanceState.READY):
+            self._refresh_routes(slot)
+
+    def delete_instance(self, instance_id: str) -> None:
+        """Its copies stop being routable at once; their own keys' events follow."""
+        slot = self.instances.pop(instance_id, None)
+        if slot is None:
+            return
+        if slot.copies:
+            self._absent[instance_id] = slot.copies
+        self._refresh_routes(slot)
+
+    def replace_instances(self, records: Iterable[InstanceRecord]) -> None:
+        self._seen.add("instances")
+        fresh = {record.instance_id: record for record in records}
+        for instance_id in [known for known in self.instances if known not in fresh]:
+            self.delete_instance(instance_id)
+        for record in fresh.values():
+            self.put_instance(record)
+
+    # ---- copies ---------------------------------------------------------------------------
+
+    def put_copy(self, record: CopyRecord, mod_revision: int = 0) -> None:
+        """``mod_revision`` is the event's. A claim that this router already knows to have become
+        LOADED (``mark_loaded``) does not take the copy back to LOADING."""
+        key = (record.model_id, record.instance_id)
+        mark = self._marks.get(key)
+        if mark is not None:
+            if record.state is CopyState.LOADING and 0 < mod_revision <= mark:
+                record = replace(record, state=CopyState.LOADED)
+            else:
+                del self._marks[key]
+        self._store_copy(record)
+
+    def delete_copy(self, model_id: str, instance_id: str, mod_revision: int = 0) -> None:
+        """Also for a copy that answered ``not-here``. An event older than what ``mark_loaded``
+        told is of an earlier copy and changes nothing."""
+        key = (model_id, instance_id)
+        if 0 < mod_revision < self._marks.get(key, 0):
+            return
+        self._marks.pop(key, None)
+        self._drop_copy(model_id, instance_id)
+
+    def replace_copies(self, records: Iterable[CopyRecord], revision: int = 0) -> None:
+        """A snapshot as of ``revision``; copies marked LOADED by later claims stay."""
+        self._seen.add("copies")
+        fresh = {(r.model_id, r.instance_id): r for r in records}
+        self._marks = {k: mark for k, mark in self._marks.items() if mark > revision > 0}
+        known = [(m, i) for m, by_instance in self._copies.items() for i in by_instance]
+        for model_id, instance_id in known:
+            if (model_id, instance_id) not in fresh and (model_id, instance_id) not in self._marks:
+                self._drop_copy(model_id, instance_id)
+        for key, record in fresh.items():
+            if key not in self._marks:
+                self._store_copy(record)
+        self.advance(revision)
+
+    def mark_loaded(
+        self, model_id: str, instance_id: str, *, size_bytes: int, copy_revision: int, now_ms: int
+    ) -> None:
+        """A Load answered LOADED: the copy is routable before the store says so."""
+        known = self._copies.get(model_id, {}).get(instance_id)
+        base = known or CopyRecord(model_id, instance_id, CopyState.LOADED, claimed_at_ms=now_ms)
+        if copy_revision > 0:
+            self._marks[(model_id, instance_id)] = copy_revision
+        loaded_at_ms = base.loaded_at_ms or now_ms
+        self._store_copy(
+            replace(base, state=CopyState.LOADED, size_bytes=size_bytes, loaded_at_ms=loaded_at_ms)
+        )
+
+    def _store_copy(self, record: CopyRecord) -> None:
+        model_id, instance_id = record.model_id, record.instance_id
+        self._copies.setdefault(model_id, {})[instance_id] = record
+        slot = self.instances.get(instance_id)
+        if slot is None:
+            self._absent.setdefault(instance_id, {})[model_id] = record
+            return
+        _remove_copy(slot, model_id)
+        _add_copy(slot, record)
+        _remove_pending(slot, model_id)
+        self._refresh_route(model_id)
+
+    def _drop_copy(self, model_id: str, instance_id: str) -> None:
+        by_instance = self._copies.get(model_id)
+        if by_instance is None or by_instance.pop(instance_id, None) is None:
+            return
+        if not by_instance:
+            del self._copies[model_id]
+        slot = self.instances.get(instance_id)
+        if slot is not None:
+            _remove_copy(slot, model_id)
+        elif instance_id in self._absent:
+            self._absent[instance_id].pop(model_id, None)
+            if not self._absent[instance_id]:
+                del self._absent[instance_id]
+        self._refresh_route(model_id)
+
+    def _refresh_routes(self, slot: InstanceSlot) -> None:
+        for model_id in slot.copies:
+            self._refresh_route(model_id)
+
+    def _refresh_route(self, model_id: str) -> None:
+        routable = tuple(
+            sorted(
+                instance_id
+                for instance_id, copy in self._copies.get(model_id, {}).items()
+                if copy.state is CopyState.LOADED and self._is_ready(instance_id)
+            )
+        )
+        if routable == self._loaded.get(model_id, ()):
+            return
+        self.routes_epoch += 1
+        if routable:
+            self._loaded[model_id] = routable
+        else:
+            del self._loaded[model_id]
+
+    def _is_ready(self, instance_id: str) -> bool:
+        slot = self.instances.get(instance_id)
+        return slot is not None and slot.record.state is InstanceState.READY
+
+    # ---- failures -------------------------------------------------------------------------
+
+    def put_failure(self, record: FailureRecord) -> None:
+        self._failures.setdefault(record.model_id, {})[record.instance_id] = record
+
+    def delete_failure(self, model_id: str, instance_id: str) -> None:
+        by_instance = self._failures.get(model_id)
+        if by_instance is None:
+            return
+        by_instance.pop(instance_id, None)
+        if not by_instance:
+            del self._failures[model_id]
+
+    def replace_failures(self, records: Iterable[FailureRecord]) -> None:
+        self._seen.add("failures")
+        self._failures = {}
+        for record in records:
+            self.put_failure(record)
+
+    # ---- this router's pending placements -------------------------------------------------
+
+    def add_pending(self, model_id: str, instance_id: str, *, size_bytes: int, now_ms: int) -> None:
+        """Count a load that is about to be asked for. It ends when the copy is seen, with
+        ``drop_pending`` (the load failed or was refused) or with ``expire_pending``."""
+        slot = self.instances.get(instance_id)
+        if slot is None or model_id in slot.copies:
+            return
+        _remove_pending(slot, model_id)
+        slot.pending[model_id] = PendingLoad(size_bytes, now_ms)
+        slot.pending_bytes += size_bytes
+
+    def drop_pending(self, model_id: str, instance_id: str) -> None:
+        slot = self.instances.get(instance_id)
+        if slot is not None:
+            _remove_pending(slot, model_id)
+
+    def expire_pending(self, asked_before_ms: int) -> int:
+        """Forget pending loads asked for earlier than that; returns how many."""
+        expired = [
+            (slot, model_id)
+            for slot in self.instances.values()
+            for model_id, pending in slot.pending.items()
+            if pending.asked_at_ms < asked_before_ms
+        ]
+        for slot, model_id in expired:
+            _remove_pending(slot, model_id)
+        return len(expired)
+
+    # ---- reading --------------------------------------------------------------------------
+
+    @property
+    def synced(self) -> bool:
+        """A first snapshot of every family has come: before that, absence means nothing."""
+        return self._seen >= FAMILIES
+
+    def advance(self, revision: int) -> None:
+        self.revision = max(self.revision, revision)
+
+    def resolve(self, name: str) -> Resolved | Unresolved:
+        """An alias of that name first, then a model of that id."""
+        vmodel = self.vmodels.get(name)
+        if vmodel is None:
+            model = self.models.get(name)
+            if model is None:
+                return Unresolved(name, "unknown_name", f"model not found: {name!r}")
+            return Resolved(name, name, "model", model)
+        model = self.models.get(vmodel.active_model_id)
+        if model is None:
+            detail = (
+                f"model not found: {name!r} names model {vmodel.active_model_id!r}, "
+                "which is not registered"
+            )
+            return Unresolved(name, "dangling_alias", detail)
+        return Resolved(name, model.model_id, "vmodel", model)
+
+    def loaded_on(self, model_id: str) -> tuple[str, ...]:
+        """Ids of READY instances with a LOADED copy, sorted. One look-up: the hit path."""
+        return self._loaded.get(model_id, ())
+
+    def copies_of(self, model_id: str) -> tuple[CopyRecord, ...]:
+        """Copies on instances that exist, by instance id."""
+        by_instance = self._copies.get(model_id)
+        if not by_instance:
+            return ()
+        return tuple(by_instance[i] for i in sorted(by_instance) if i in self.instances)
+
+    def copy(self, model_id: str, instance_id: str) -> CopyRecord | None:
+        """The copy, when its instance exists."""
+        slot = self.instances.get(instance_id)
+        return slot.copies.get(model_id) if slot is not None else None
+
+    def all_copies(self) -> Iterator[CopyRecord]:
+        """Every copy on an instance that exists."""
+        for slot in self.instances.values():
+            yield from slot.copies.values()
+
+    def copied_models(self) -> Iterable[str]:
+        """Ids of models with a copy somewhere, registered or not."""
+        return self._copies.keys()
+
+    def failures_of(self, model_id: str, now_ms: int) -> tuple[FailureRecord, ...]:
+        """Unexpired failures, the latest first."""
+        by_instance = self._failures.get(model_id)
+        if not by_instance:
+            return ()
+        unexpired = [f for f in by_instance.values() if f.expires_at_ms > now_ms]
+        unexpired.sort(key=lambda f: (-f.failed_at_ms, f.instance_id))
+        return tuple(unexpired)
+
+    def all_failures(self) -> Iterator[FailureRecord]:
+        """Every failure record, expired ones too."""
+        for by_instance in self._failures.values():
+            yield from by_instance.values()
+
+    def aliases_of(self, model_id: str) -> tuple[str, ...]:
+        """Names whose active or target model this is."""
+        return self._aliases.get(model_id, ())
+
+    def unaliased_models(self) -> Iterable[str]:
+        """Ids of ``auto_delete`` models that no alias names."""
+        return self._unaliased
+
+    def models_with_minimum(self) -> Iterable[str]:
+        """Ids of models that are pinned or want two or more copies."""
+        return self._wanting
+
+    def pending_of(self, model_id: str) -> tuple[str, ...]:
+        """Instances that this router has asked to load the model, not yet seen in the view."""
+        return tuple(sorted(i for i, s in self.instances.items() if model_id in s.pending))
+
+    def __repr__(self) -> str:
+        return (
+            f"ClusterView(models={len(self.models)} vmodels={len(self.vmodels)} "
+            f"instances={len(self.instances)} loaded={len(self._loaded)} "
+            f"revision={self.revision} synced={self.synced})"
+        )
+
+
+def _named(record: VModelRecord) -> frozenset[str]:
+    return frozenset((record.active_model_id, record.target_model_id))
+
+
+def _keep(ids: set[str], model_id: str, wanted: bool) -> None:
+    if wanted:
+        ids.add(model_id)
+    else:
+        ids.discard(model_id)
+
+
+def _add_copy(slot: InstanceSlot, copy: CopyRecord) -> None:
+    slot.copies[copy.model_id] = copy
+    slot.copies_bytes += copy.size_bytes
+    slot.loading += copy.state is CopyState.LOADING
+
+
+def _remove_copy(slot: InstanceSlot, model_id: str) -> None:
+    copy = slot.copies.pop(model_id, None)
+    if copy is not None:
+        slot.copies_bytes -= copy.size_bytes
+        slot.loading -= copy.state is CopyState.LOADING
+
+
+def _remove_pending(slot: InstanceSlot, model_id: str) -> None:
+    pending = slot.pending.pop(model_id, None)
+    if pending is not None:
+        slot.pending_bytes -= pending.size_bytes
