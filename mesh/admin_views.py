@@ -1,0 +1,242 @@
+"""What the admin service's JSON answers hold: behind ``mesh get``, ``describe`` and ``explain``.
+
+A router encodes them (``router.admin``), the command line decodes them (``mesh.cli``). They are
+views for people: names of states are those of ``mesh.core.types``, instants are Unix milliseconds
+(0 is "never" or "unknown"), sizes are bytes.
+
+Adjacent versions mix: ``decode`` leaves out fields that it does not know and fills in defaults for
+those that are missing, so that an older command line reads a newer router and the reverse. It
+raises ``InvalidArgument`` for what is not JSON or has a field of the wrong shape.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import orjson
+
+from mesh.core.errors import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True)
+class CopyView:
+    """One copy of a model. ``state`` is a ``CopyState``; what an instance adds of its own (queue,
+    progress, timings) stands in ``details``."""
+
+    instance_id: str
+    state: str = ""
+    address: str = ""
+    size_bytes: int = 0
+    claimed_at_ms: int = 0
+    loaded_at_ms: int = 0
+    inflight: int = 0  # requests of the answering router on it
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FailureView:
+    """A load failure that has not been swept. ``code`` is a gRPC code's name."""
+
+    instance_id: str
+    code: str = ""
+    message: str = ""
+    failed_at_ms: int = 0
+    expires_at_ms: int = 0
+    expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """One line of ``mesh get models``: a name that clients use, and what answers for it.
+
+    ``name`` is an alias (``alias`` is true) or a directly registered model's id. ``state`` is a
+    ``ModelState`` of the active model. ``target_model_id`` is set while a changed spec is being
+    loaded, ``target_failure`` when that failed (the old one keeps serving).
+    """
+
+    name: str
+    model_id: str = ""
+    alias: bool = False
+    state: str = ""
+    model_type: str = ""
+    path: str = ""
+    copies_loaded: int = 0
+    copies_loading: int = 0
+    instance_ids: tuple[str, ...] = ()
+    size_bytes: int = 0
+    min_copies: int = 0
+    pinned: bool = False
+    created_at_ms: int = 0
+    last_used_at_ms: int = 0
+    failure: str = ""
+    target_model_id: str = ""
+    target_state: str = ""
+    target_failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRow:
+    """One line of ``mesh get instances``."""
+
+    instance_id: str
+    address: str = ""
+    state: str = ""
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    model_count: int = 0
+    loading_count: int = 0
+    load_slots: int = 0
+    lru_at_ms: int = 0
+    requests_per_minute: int = 0
+    started_at_ms: int = 0
+    model_types: tuple[str, ...] = ()
+    zone: str = ""
+    labels: tuple[str, ...] = ()
+    metrics_address: str = ""
+    software_version: str = ""
+
+    @property
+    def free_bytes(self) -> int:
+        return max(0, self.capacity_bytes - self.used_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ConcreteModel:
+    """A concrete model with everything that the store and its instances say of it."""
+
+    model_id: str
+    state: str = ""
+    model_type: str = ""
+    path: str = ""
+    key: str = ""
+    size_bytes_stated: int | None = None
+    size_bytes_measured: int | None = None
+    min_copies: int = 0
+    pinned: bool = False
+    max_concurrency: int | None = None
+    load_timeout_ms: int | None = None
+    auto_delete: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+    created_at_ms: int = 0
+    last_used_at_ms: int = 0
+    copies: tuple[CopyView, ...] = ()
+    failures: tuple[FailureView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """``mesh describe model NAME``. ``target`` only while it is not the active model.
+
+    ``manifest`` is the resource as applied, None when the name was registered otherwise.
+    ``unreachable`` names instances that did not answer in time, with the reason.
+    """
+
+    row: ModelRow
+    active: ConcreteModel | None = None
+    target: ConcreteModel | None = None
+    manifest: Mapping[str, Any] | None = None
+    updated_at_ms: int = 0
+    unreachable: Mapping[str, str] = field(default_factory=dict)
+    view_revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An instance that a decision looked at, and why it stands where it stands."""
+
+    instance_id: str
+    reason: str = ""
+    chosen: bool = False
+    rank: int = 0  # 1 is best; 0 when it was refused outright
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """``mesh explain NAME``: where a request for the name would go now, and why.
+
+    ``action``: ``forward`` (a loaded copy answers), ``join`` (somebody loads it already), ``load``
+    (this instance would be asked to), ``fail`` (nowhere; ``reason`` says why).
+    """
+
+    name: str
+    model_id: str = ""
+    action: str = ""
+    instance_id: str = ""
+    address: str = ""
+    reason: str = ""
+    runner_up: str = ""
+    candidates: tuple[Candidate, ...] = ()
+    view_revision: int = 0
+    text: str = ""  # the whole story, one line a step
+
+
+T = TypeVar("T")
+
+
+def encode(view: object) -> str:
+    """JSON text of one view, or of a list or tuple of views."""
+    if isinstance(view, (list, tuple)):
+        return orjson.dumps([asdict(item) for item in view]).decode()
+    assert is_dataclass(view) and not isinstance(view, type)
+    return orjson.dumps(asdict(view)).decode()
+
+
+def decode(cls: type[T], text: str | bytes) -> T:
+    """One view of the given class. Raises InvalidArgument."""
+    return _build(cls, _parse(text), cls.__name__)
+
+
+def decode_list(cls: type[T], text: str | bytes) -> tuple[T, ...]:
+    """A JSON array of views. Raises InvalidArgument."""
+    items = _parse(text)
+    if not isinstance(items, list):
+        raise InvalidArgument(f"a list of {cls.__name__} was expected, got {type(items).__name__}")
+    return tuple(_build(cls, item, f"{cls.__name__}[{at}]") for at, item in enumerate(items))
+
+
+def _parse(text: str | bytes) -> object:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise InvalidArgument(f"not JSON: {error}") from error
+
+
+def _build(cls: type[T], value: object, where: str) -> T:
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{where}: an object was expected, got {type(value).__name__}")
+    hints = get_type_hints(cls)
+    known: dict[str, Any] = {
+        item.name: _value(hints[item.name], value[item.name], f"{where}.{item.name}")
+        for item in fields(cls)  # type: ignore[arg-type]
+        if item.name in value
+    }
+    try:
+        return cls(**known)
+    except TypeError as error:
+        raise InvalidArgument(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: object, where: str) -> Any:
+    """Check ``value`` against the few kinds of annotation that the views use."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (one for one in get_args(hint) if one is not type(None))
+        return _value(hint, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise InvalidArgument(f"{where}: a list was expected, got {type(value).__name__}")
+        item_hint = get_args(hint)[0]
+        return tuple(_value(item_hint, one, f"{where}[{at}]") for at, one in enumerate(value))
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _build(hint, value, where)
+    expected = dict if origin is not None else hint
+    if not isinstance(value, expected):
+        raise InvalidArgument(
+            f"{where}: {expected.__name__} was expected, got {type(value).__name__}"
+        )
+    return value
