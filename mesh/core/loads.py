@@ -19,7 +19,7 @@ from typing import Final, assert_never
 from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError, NotFound
 from mesh.core.placement import RETRY_SOON_MS, NoPlacement, Placement, place, predict_size_bytes
 from mesh.core.policy import Policy
-from mesh.core.types import CopyState, FailureRecord, InstanceState, ModelRecord
+from mesh.core.types import CopyState, FailureRecord, ModelRecord
 from mesh.core.view import ClusterView
 
 # ---- what an instance answered ----------------------------------------------------------------
@@ -241,7 +241,7 @@ def _loading_on(state: LoadState, view: ClusterView) -> str | None:
         for copy in view.copies_of(state.model_id)
         if copy.state is CopyState.LOADING
         and copy.instance_id not in state.excluded
-        and view.instances[copy.instance_id].record.state is InstanceState.READY
+        and view.instances[copy.instance_id].ready
     ]
     return min(loading)[1] if loading else None
 

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
-from mesh.core.errors import RETRYABLE, Code
+from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError
 from mesh.core.policy import Policy
 from mesh.core.types import FailureRecord, InstanceState, ModelRecord
-from mesh.core.view import ClusterView, InstanceSlot
+from mesh.core.slots import InstanceSlot
+from mesh.core.view import ClusterView
 
 # Why an instance cannot take a model; the words of `mesh explain`.
 STARTING: Final = "starting"
@@ -71,6 +72,11 @@ class NoPlacement:
     @property
     def retryable(self) -> bool:
         return self.code in RETRYABLE
+
+    def error(self) -> MeshError:
+        """What a request that waits for this gets."""
+        kind = LoadFailed if self.reason == "load_failed" else MeshError
+        return kind(self.detail, code=self.code, retry_after_ms=self.retry_after_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +241,7 @@ def _refusal(
         return FORMAT_UNSUPPORTED
     if record.capacity_bytes < size_bytes:
         return TOO_SMALL
-    if record.state is not InstanceState.READY:
+    if not slot.ready:
         return DRAINING
     if model.model_id in slot.copies:
         return HAS_COPY

@@ -47,3 +47,11 @@ class Policy:
     advert_max_interval_ms: int = 40_000
     # Last-use instants go to the store in one blob an instance at this period.
     last_used_flush_ms: int = 240_000
+    # What one sweep of the leader deletes or unloads at most: one transaction of the store.
+    repair_batch_max: int = 100
+    # Loads that one sweep of the leader starts at most: it must not fill every load slot.
+    repair_loads_max: int = 16
+    # An auto-delete model without an alias is left alone for so long: its alias may be on its way.
+    orphan_grace_ms: int = 60_000
+    # The leader looks at aliases on their way and at what is to be repaired this often.
+    leader_sweep_ms: int = 5_000

@@ -21,12 +21,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from mesh.core.slots import InstanceSlot, PendingLoad
 from mesh.core.types import (
     CopyRecord,
     CopyState,
     FailureRecord,
     InstanceRecord,
-    InstanceState,
     ModelRecord,
     VModelRecord,
 )
@@ -53,51 +53,6 @@ class Unresolved:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class PendingLoad:
-    """A load that this router asked an instance for and has not seen in the view yet."""
-
-    size_bytes: int
-    asked_at_ms: int
-
-
-class InstanceSlot:
-    """One instance with what is known to be on it. Read it; only ``ClusterView`` writes it."""
-
-    __slots__ = ("copies", "copies_bytes", "loading", "pending", "pending_bytes", "record")
-
-    def __init__(self, record: InstanceRecord) -> None:
-        self.record = record
-        self.copies: dict[str, CopyRecord] = {}  # by model id
-        self.copies_bytes = 0
-        self.loading = 0  # copies in state LOADING
-        self.pending: dict[str, PendingLoad] = {}  # by model id
-        self.pending_bytes = 0
-
-    @property
-    def effective_used_bytes(self) -> int:
-        """The larger of what it advertised and what its copies add up to, and what is on its way.
-
-        An advert is up to ``advert_min_interval_ms`` old: trusting it alone makes routers herd.
-        """
-        return max(self.record.used_bytes, self.copies_bytes) + self.pending_bytes
-
-    @property
-    def effective_free_bytes(self) -> int:
-        return max(0, self.record.capacity_bytes - self.effective_used_bytes)
-
-    @property
-    def loads_in_progress(self) -> int:
-        return max(self.record.loading_count, self.loading) + len(self.pending)
-
-    def __repr__(self) -> str:
-        return (
-            f"InstanceSlot({self.record.instance_id} {self.record.state.value} "
-            f"copies={len(self.copies)} loading={self.loading} pending={len(self.pending)} "
-            f"free={self.effective_free_bytes}/{self.record.capacity_bytes})"
-        )
-
-
 class ClusterView:
     """See the module's docstring. ``models``, ``vmodels`` and ``instances`` are for reading."""
 
@@ -114,8 +69,10 @@ class ClusterView:
         self._loaded: dict[str, tuple[str, ...]] = {}  # model id -> routable instances, sorted
         self._failures: dict[str, dict[str, FailureRecord]] = {}
         self._aliases: dict[str, tuple[str, ...]] = {}  # model id -> names that mean it
+        self._moving: set[str] = set()  # names whose target is not what answers
         self._unaliased: set[str] = set()  # auto_delete models that no alias names
         self._wanting: set[str] = set()  # models with a minimum number of copies
+        self._pending_on: dict[str, tuple[str, ...]] = {}  # model id -> instances asked, sorted
         self._marks: dict[tuple[str, str], int] = {}  # locally known LOADED -> claim's revision
         self._last_used: dict[str, int] = {}
         self._seen: set[str] = set()
@@ -164,6 +121,7 @@ class ClusterView:
     def put_vmodel(self, record: VModelRecord) -> None:
         old = self.vmodels.get(record.name)
         self.vmodels[record.name] = record
+        _keep(self._moving, record.name, record.target_model_id != record.active_model_id)
         if old is not None and _named(old) == _named(record):
             if old.active_model_id != record.active_model_id:
                 self.routes_epoch += 1
@@ -179,6 +137,7 @@ class ClusterView:
 
     def delete_vmodel(self, name: str) -> None:
         record = self.vmodels.pop(name, None)
+        self._moving.discard(name)
         if record is not None:
             self.routes_epoch += 1
             self._unname(record, keep=frozenset())
@@ -209,12 +168,12 @@ class ClusterView:
         if slot is None:
             slot = self.instances[instance_id] = InstanceSlot(record)
             for copy in self._absent.pop(instance_id, {}).values():
-                _add_copy(slot, copy)
+                slot.add_copy(copy)
             self._refresh_routes(slot)
             return
-        routable_before = slot.record.state is InstanceState.READY
+        ready_before = slot.ready
         slot.record = record
-        if routable_before != (record.state is InstanceState.READY):
+        if slot.ready != ready_before:
             self._refresh_routes(slot)
 
     def delete_instance(self, instance_id: str) -> None:
@@ -222,6 +181,8 @@ class ClusterView:
         slot = self.instances.pop(instance_id, None)
         if slot is None:
             return
+        for model_id in tuple(slot.pending):
+            self._end_pending(slot, model_id)
         if slot.copies:
             self._absent[instance_id] = slot.copies
         self._refresh_routes(slot)
@@ -291,9 +252,8 @@ class ClusterView:
         if slot is None:
             self._absent.setdefault(instance_id, {})[model_id] = record
             return
-        _remove_copy(slot, model_id)
-        _add_copy(slot, record)
-        _remove_pending(slot, model_id)
+        slot.add_copy(record)
+        self._end_pending(slot, model_id)
         self._refresh_route(model_id)
 
     def _drop_copy(self, model_id: str, instance_id: str) -> None:
@@ -304,7 +264,7 @@ class ClusterView:
             del self._copies[model_id]
         slot = self.instances.get(instance_id)
         if slot is not None:
-            _remove_copy(slot, model_id)
+            slot.remove_copy(model_id)
         elif instance_id in self._absent:
             self._absent[instance_id].pop(model_id, None)
             if not self._absent[instance_id]:
@@ -333,7 +293,7 @@ class ClusterView:
 
     def _is_ready(self, instance_id: str) -> bool:
         slot = self.instances.get(instance_id)
-        return slot is not None and slot.record.state is InstanceState.READY
+        return slot is not None and slot.ready
 
     # ---- failures -------------------------------------------------------------------------
 
@@ -362,14 +322,15 @@ class ClusterView:
         slot = self.instances.get(instance_id)
         if slot is None or model_id in slot.copies:
             return
-        _remove_pending(slot, model_id)
-        slot.pending[model_id] = PendingLoad(size_bytes, now_ms)
-        slot.pending_bytes += size_bytes
+        slot.add_pending(model_id, PendingLoad(size_bytes, now_ms))
+        asked = self._pending_on.get(model_id, ())
+        if instance_id not in asked:
+            self._pending_on[model_id] = tuple(sorted((*asked, instance_id)))
 
     def drop_pending(self, model_id: str, instance_id: str) -> None:
         slot = self.instances.get(instance_id)
         if slot is not None:
-            _remove_pending(slot, model_id)
+            self._end_pending(slot, model_id)
 
     def expire_pending(self, asked_before_ms: int) -> int:
         """Forget pending loads asked for earlier than that; returns how many."""
@@ -380,8 +341,17 @@ class ClusterView:
             if pending.asked_at_ms < asked_before_ms
         ]
         for slot, model_id in expired:
-            _remove_pending(slot, model_id)
+            self._end_pending(slot, model_id)
         return len(expired)
+
+    def _end_pending(self, slot: InstanceSlot, model_id: str) -> None:
+        if not slot.remove_pending(model_id):
+            return
+        left = tuple(i for i in self._pending_on[model_id] if i != slot.record.instance_id)
+        if left:
+            self._pending_on[model_id] = left
+        else:
+            del self._pending_on[model_id]
 
     # ---- reading --------------------------------------------------------------------------
 
@@ -453,6 +423,10 @@ class ClusterView:
         """Names whose active or target model this is."""
         return self._aliases.get(model_id, ())
 
+    def vmodels_in_transition(self) -> Iterable[str]:
+        """Names whose target is not yet what answers."""
+        return self._moving
+
     def unaliased_models(self) -> Iterable[str]:
         """Ids of ``auto_delete`` models that no alias names."""
         return self._unaliased
@@ -463,7 +437,7 @@ class ClusterView:
 
     def pending_of(self, model_id: str) -> tuple[str, ...]:
         """Instances that this router has asked to load the model, not yet seen in the view."""
-        return tuple(sorted(i for i, s in self.instances.items() if model_id in s.pending))
+        return self._pending_on.get(model_id, ())
 
     def __repr__(self) -> str:
         return (
@@ -482,22 +456,3 @@ def _keep(ids: set[str], model_id: str, wanted: bool) -> None:
         ids.add(model_id)
     else:
         ids.discard(model_id)
-
-
-def _add_copy(slot: InstanceSlot, copy: CopyRecord) -> None:
-    slot.copies[copy.model_id] = copy
-    slot.copies_bytes += copy.size_bytes
-    slot.loading += copy.state is CopyState.LOADING
-
-
-def _remove_copy(slot: InstanceSlot, model_id: str) -> None:
-    copy = slot.copies.pop(model_id, None)
-    if copy is not None:
-        slot.copies_bytes -= copy.size_bytes
-        slot.loading -= copy.state is CopyState.LOADING
-
-
-def _remove_pending(slot: InstanceSlot, model_id: str) -> None:
-    pending = slot.pending.pop(model_id, None)
-    if pending is not None:
-        slot.pending_bytes -= pending.size_bytes
