@@ -10,18 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One input or output. ``shape`` has -1 for a free axis; ``datatype`` is OIP's (``FP32``)."""
+    """One input or output. ``shape`` has -1 for a free axis; ``datatype`` is OIP's (``FP32``).
+
+    ``any_rank``: the model does not say how many axes there are; ``shape`` then means nothing.
+    """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+    any_rank: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +40,14 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelMetadata:
+    """``accepts_any_input``: ``inputs`` is only what to suggest to clients; the model takes
+    inputs of any name, datatype and shape, and checks them itself."""
+
     platform: str
     versions: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    accepts_any_input: bool = False
 
 
 # BYTES tensors are arrays of dtype object that hold ``bytes``; BF16 is carried as uint16 with
@@ -47,8 +55,9 @@ class ModelMetadata:
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
+    """One output tensor; a tuple because it is made for every answer (a third of the cost)."""
+
     name: str
     datatype: str
     data: Array  # its shape is the tensor's shape
@@ -68,7 +77,8 @@ class LoadedModel(Protocol):
     def infer(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], parameters: Mapping[str, Any]
     ) -> list[Tensor]:
-        """Run once. ``inputs`` are checked against the metadata already (names, datatypes, ranks).
+        """Run once. ``inputs`` are checked against the metadata already (names, datatypes,
+        shapes) unless it ``accepts_any_input``. They may be read-only views of the request.
 
         ``outputs`` names what is wanted; empty is all. Raises ``MeshError`` (INVALID_ARGUMENT
         when the input's content is at fault).
