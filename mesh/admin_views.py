@@ -144,33 +144,43 @@ class ModelDescription:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """An instance that a decision looked at, and why it stands where it stands."""
+class CandidateView:
+    """An instance as a placement sees it. ``refusal`` is "" for one that may be chosen."""
 
     instance_id: str
-    reason: str = ""
-    chosen: bool = False
-    rank: int = 0  # 1 is best; 0 when it was refused outright
+    refusal: str = ""
+    full: bool = False
+    free_bytes: int = 0
+    loads_in_progress: int = 0
+    lru_at_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class ExplanationView:
     """``mesh explain NAME``: where a request for the name would go now, and why.
 
-    ``action``: ``forward`` (a loaded copy answers), ``join`` (somebody loads it already), ``load``
-    (this instance would be asked to), ``fail`` (nowhere; ``reason`` says why).
+    ``outcome``: ``hit`` (a copy answers), ``join`` (it waits for a load under way), ``load`` (a
+    load would start), ``refused`` (an error, ``code`` says which) or ``not_found``. ``reason`` is
+    the decision's label, ``detail`` tells it to a person. ``candidates`` are best first.
     """
 
     name: str
+    outcome: str = ""
+    reason: str = ""
+    detail: str = ""
     model_id: str = ""
-    action: str = ""
+    via: str = ""  # vmodel | model
+    state: str = ""
     instance_id: str = ""
     address: str = ""
-    reason: str = ""
     runner_up: str = ""
-    candidates: tuple[Candidate, ...] = ()
+    target_model_id: str = ""
+    code: str = ""
+    copies: tuple[CopyView, ...] = ()
+    candidates: tuple[CandidateView, ...] = ()
+    inflight: Mapping[str, int] = field(default_factory=dict)  # by instance id
+    errors: tuple[str, ...] = ()
     view_revision: int = 0
-    text: str = ""  # the whole story, one line a step
 
 
 T = TypeVar("T")
