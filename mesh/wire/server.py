@@ -1,98 +1,78 @@
-"""gRPC server on asyncio: message-level handlers and frame-level relays on one listener.
+"""gRPC server on asyncio: message-level methods and frame-level relays on one listener.
 
-INTERFACE (being implemented): handlers are called in the event loop, synchronously. No task is made
-per call unless a handler wants one (``AsyncUnary``, ``Streaming``).
+Handlers are called in the event loop, synchronously. No task is made per call unless a method asks
+for one (``AsyncUnary``, ``Streaming``). Fails per connection: what one client does wrong costs its
+own connection.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Awaitable, Coroutine, Mapping
+from typing import Any, Protocol
 
-from mesh.core.errors import Code, MeshError
+from mesh.core.errors import Code, Internal, MeshError, Unimplemented
+from mesh.wire.calls import (
+    AsyncUnary,
+    HttpErrorStream,
+    Method,
+    RefusedCall,
+    ServerCall,
+    StreamCall,
+    Streaming,
+    Unary,
+    UnaryCall,
+)
+from mesh.wire.connection import Connection, Stream
 from mesh.wire.head import RequestHead
 from mesh.wire.limits import PUBLIC, Limits
+from mesh.wire.messages import Metadata
+from mesh.wire.transport import Link, Pump, pump_of
 
-Metadata = Sequence[tuple[str, str | bytes]]
+__all__ = [
+    "AsyncUnary",
+    "Metadata",
+    "Method",
+    "Server",
+    "ServerCall",
+    "StreamCall",
+    "Streaming",
+    "Unary",
+]
 
-
-class ServerCall(Protocol):
-    """One call as a handler sees it."""
-
-    head: RequestHead
-    deadline_s: float  # in ``loop.time()``; inf when there is none
-    cancelled: bool  # peer reset the stream, went away, or the deadline passed
-    on_cancel: Callable[[], None] | None
-
-    def reply(self, message: bytes, *, initial: Metadata = (), trailers: Metadata = ()) -> None:
-        """The unary answer: headers, message and trailers in one write. No-op when cancelled."""
-        ...
-
-    def fail(
-        self, error: MeshError, *, trailers: Metadata = ()
-    ) -> None:
-        """Trailers-only status from a MeshError (``grpc-retry-pushback-ms`` included)."""
-        ...
-
-    def fail_code(self, code: Code, message: str, *, trailers: Metadata = ()) -> None: ...
+log = logging.getLogger(__name__)
 
 
-class StreamCall(ServerCall, Protocol):
-    """A call with a stream of messages in each direction."""
+class Fallback(Protocol):
+    """Takes calls whose path no method has (a relay)."""
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        """Messages until the client half-closes. Raises ``Cancelled`` errors as MeshError."""
-        ...
-
-    async def send(self, message: bytes) -> None:
-        """Waits while the peer's window is closed."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Unary:
-    """``handler(call, message)`` answers through ``call``, at once or later.
-
-    ``accept(head)`` runs when the headers are there, before the body: an error (and its trailers)
-    refuses the call; accepting grants the stream a large window.
-    """
-
-    handler: Callable[[ServerCall, bytes], None]
-    accept: Callable[[RequestHead], tuple[MeshError, Metadata] | None] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AsyncUnary:
-    """A coroutine per call: for what is rare. A MeshError that it raises becomes the status."""
-
-    handler: Callable[[ServerCall, bytes], Awaitable[bytes]]
-
-
-@dataclass(frozen=True, slots=True)
-class Streaming:
-    """A coroutine per call with messages both ways; returning ends with OK."""
-
-    handler: Callable[[StreamCall], Awaitable[None]]
-    accept: Callable[[RequestHead], tuple[MeshError, Metadata] | None] | None = None
-
-
-Method = Unary | AsyncUnary | Streaming
+    def new_stream(
+        self, conn: Connection, stream_id: int, head: RequestHead, end: bool
+    ) -> Stream | None: ...
 
 
 class Server:
-    """``methods`` maps a full path (``/pkg.Service/Method``) to its method; ``fallback`` (a
-    ``mesh.wire.relay.Relay``) takes every other path; without it they are UNIMPLEMENTED."""
+    """``methods`` maps a full path (``/pkg.Service/Method``) to its method; ``fallback`` takes
+    every other path; without it they are UNIMPLEMENTED."""
 
     def __init__(
         self,
         methods: Mapping[str, Method],
         *,
         limits: Limits = PUBLIC,
-        fallback: object | None = None,
+        fallback: Fallback | None = None,
     ) -> None:
-        raise NotImplementedError
+        self.methods = dict(methods)
+        self.limits = limits
+        self.fallback = fallback
+        self._listeners: list[asyncio.Server] = []
+        self._links: set[Link] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle: asyncio.Event | None = None
+        self.draining = False
 
     async def start(
         self,
@@ -102,12 +82,185 @@ class Server:
         reuse_port: bool = False,
         ssl_context: ssl.SSLContext | None = None,
     ) -> int:
-        """Listen; returns the port."""
-        raise NotImplementedError
+        """Listen; returns the port. Raises OSError when the address is taken."""
+        loop = asyncio.get_running_loop()
+        pump = pump_of(loop)
+        listener = await loop.create_server(
+            lambda: self._link(pump),
+            host,
+            port,
+            backlog=4_096,
+            reuse_port=reuse_port or None,
+            ssl=ssl_context,
+            ssl_handshake_timeout=self.limits.tls_timeout_s if ssl_context else None,
+        )
+        self._listeners.append(listener)
+        bound: int = listener.sockets[0].getsockname()[1]
+        return bound
+
+    async def start_unix(self, path: str) -> None:
+        """Listen on a Unix socket."""
+        loop = asyncio.get_running_loop()
+        pump = pump_of(loop)
+        self._listeners.append(await loop.create_unix_server(lambda: self._link(pump), path))
+
+    @property
+    def connections(self) -> int:
+        return len(self._links)
+
+    @property
+    def inflight(self) -> int:
+        """Calls that have not ended."""
+        return sum(len(link.conn.streams) for link in self._links)
 
     async def drain(self, timeout_s: float) -> None:
         """Stop accepting, GOAWAY, wait for the calls in flight, then close."""
-        raise NotImplementedError
+        self.draining = True
+        for listener in self._listeners:
+            listener.close()
+        for link in list(self._links):
+            link.conn.start_drain()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
+        while self.inflight and loop.time() < until:
+            self._idle = asyncio.Event()
+            try:
+                async with asyncio.timeout(min(0.05, max(0.0, until - loop.time()))):
+                    await self._idle.wait()
+            except TimeoutError:
+                continue
+        if self.inflight:
+            log.warning("drain: %d calls did not end in %g s", self.inflight, timeout_s)
+        await self.close()
 
     async def close(self) -> None:
-        raise NotImplementedError
+        """Close everything now."""
+        for listener in self._listeners:
+            listener.close()
+        for link in list(self._links):
+            link.close()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # let the transports write their last words
+        self._listeners.clear()
+
+    # ------------------------------------------------------------------ Owner
+
+    def _link(self, pump: Pump) -> Link:
+        return Link(
+            pump,
+            lambda now_s: Connection(self, self.limits, client=False, now_s=now_s),
+            on_up=self._on_up,
+            on_down=self._on_down,
+        )
+
+    def _on_up(self, link: Link) -> None:
+        if len(self._links) >= self.limits.max_connections or self.draining:
+            link.abort()
+            return
+        sock = link.transport.get_extra_info("socket") if link.transport else None
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        self._links.add(link)
+
+    def _on_down(self, link: Link, _reason: str) -> None:
+        self._links.discard(link)
+
+    def on_goaway(self, conn: Connection) -> None:
+        """A client that goes away finishes what it has; nothing to do."""
+
+    def on_settings(self, conn: Connection) -> None:
+        """Windows are adjusted by the connection itself."""
+
+    def new_stream(
+        self, conn: Connection, stream_id: int, head: RequestHead, end: bool
+    ) -> Stream | None:
+        if not head.content_type.startswith(b"application/grpc") or head.method != b"POST":
+            return self._not_grpc(conn, stream_id, head, end)
+        method = self.methods.get(head.path)
+        stream: Stream
+        if method is None:
+            if self.fallback is not None:
+                return self.fallback.new_stream(conn, stream_id, head, end)
+            return self._refuse(conn, stream_id, head, end, _unknown(head), ())
+        if method.accept is not None:
+            refusal = method.accept(head)
+            if refusal is not None:
+                return self._refuse(conn, stream_id, head, end, *refusal)
+        limit = self.limits.max_message_bytes
+        if isinstance(method, Unary):
+            stream = UnaryCall(conn, stream_id, head, limit, method.handler)
+        elif isinstance(method, AsyncUnary):
+            stream = UnaryCall(conn, stream_id, head, limit, self._spawning(method))
+        else:
+            stream = StreamCall(conn, stream_id, head, limit)
+        conn.add(stream, remote_closed=end)
+        if isinstance(stream, StreamCall) and isinstance(method, Streaming):
+            self._spawn(stream, self._run_stream(stream, method))
+        if end:
+            stream.on_data(b"", True)
+        return stream
+
+    def _not_grpc(self, conn: Connection, stream_id: int, head: RequestHead, end: bool) -> Stream:
+        stream = HttpErrorStream(conn, stream_id)
+        conn.add(stream, remote_closed=end)
+        stream.answer(405 if head.method != b"POST" else 415)
+        return stream
+
+    def _refuse(
+        self,
+        conn: Connection,
+        stream_id: int,
+        head: RequestHead,
+        end: bool,
+        error: MeshError,
+        trailers: Metadata,
+    ) -> Stream:
+        call = RefusedCall(conn, stream_id, head, 0)
+        conn.add(call, remote_closed=end)
+        call.fail(error, trailers=trailers)
+        return call
+
+    # ------------------------------------------------------------------ tasks
+
+    def _spawning(self, method: AsyncUnary) -> Any:
+        def handler(call: ServerCall, message: bytes) -> None:
+            self._spawn(call, self._run_unary(call, message, method.handler))
+
+        return handler
+
+    def _spawn(self, call: ServerCall, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        call.on_cancel = task.cancel  # type: ignore[assignment]
+
+    async def _run_unary(self, call: ServerCall, message: bytes, handler: Any) -> None:
+        reply: Awaitable[bytes] = handler(call, message)
+        try:
+            call.reply(await reply)
+        except MeshError as error:
+            call.fail(error)
+        except asyncio.CancelledError:
+            call.fail_code(Code.UNAVAILABLE, "the server is shutting down")
+        except Exception:
+            log.exception("handler of %s failed", call.head.path)
+            call.fail(Internal(f"{call.head.path} failed; the server's log has the cause"))
+
+    async def _run_stream(self, call: StreamCall, method: Streaming) -> None:
+        try:
+            await method.handler(call)
+            call.finish()
+        except MeshError as error:
+            call.fail(error)
+        except asyncio.CancelledError:
+            call.fail_code(Code.UNAVAILABLE, "the server is shutting down")
+        except Exception:
+            log.exception("handler of %s failed", call.head.path)
+            call.fail(Internal(f"{call.head.path} failed; the server's log has the cause"))
+
+
+def _unknown(head: RequestHead) -> MeshError:
+    return Unimplemented(f"method {head.path!r} is not known here")
