@@ -30,6 +30,9 @@ class Policy:
     # Share of capacity kept for models that are still being unloaded.
     unload_buffer_min_share: float = 0.01
     unload_buffer_max_share: float = 0.10
+    # A load is rejected when it would evict a copy used within this age; 0 is no guard: a mesh
+    # whose working set exceeds its memory is slow, but it answers.
+    min_churn_age_ms: int = 0
     # Loads at once in one instance: fetching overlaps with building a session.
     load_slots: int = 2
     # A model's inference runs in the event loop while it takes at most so long (wire.md).

@@ -1,0 +1,501 @@
+"""The cache of a serving pod: which copies are in memory, and what has to go to make room.
+
+Byte-weighted, least recently used first. One mutator, ``Cache.handle(event, now_ms)``, returns
+instructions; the pod carries them out and reports back with the next events. The table of a
+copy's life is in cache_table.py; a pair of state and trigger that it does not hold raises
+``IllegalTransition``, which is a defect of the caller.
+
+Rules:
+
+* Bytes are reserved before a load starts and counted until ``UnloadFinished``: ``used_bytes``
+  never passes the capacity. Only a measured size above its prediction can (it is a fact by then);
+  such a copy stays SIZING, its surplus is ``overrun_bytes``, until enough others are gone, or it
+  goes itself.
+* Only LOADED copies without requests inside and without a pin are evicted. A copy in UNLOADING
+  takes no new requests; its unload starts when those inside have ended.
+* Awaited loads go before proactive ones; those never evict, not even into the unload buffer.
+* The unload buffer is a share of the capacity that admissions keep free by evicting ahead, so that
+  most loads need not wait for an unload.
+* Memory goes to waiting loads in the order in which they came: a large one is not starved.
+
+Not for use from several threads; fetches no time and no chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from mesh.core.cache_answers import rejection, too_large
+from mesh.core.cache_events import (
+    AbandonLoad,
+    CopyEvent,
+    Drain,
+    Event,
+    Instruction,
+    LoadBroken,
+    LoadEnded,
+    LoadFinished,
+    LoadWanted,
+    PinChanged,
+    Publish,
+    Reason,
+    SizePredicted,
+    StartFetch,
+    StartLoad,
+    StartUnload,
+    Tick,
+    UnloadWanted,
+)
+from mesh.core.cache_lru import LazyLru
+from mesh.core.cache_table import (
+    FAILED,
+    HOLDS_SLOT,
+    LOADED,
+    LOADING,
+    QUEUED,
+    REMOVED,
+    SIZING,
+    TRANSITIONS,
+    TRIGGER_OF,
+    UNLOADING,
+    WAITING,
+    CacheConfig,
+    Copy,
+    IllegalTransition,
+    T,
+    Trigger,
+)
+from mesh.core.errors import Code, LoadFailed, MeshError, NotFound
+from mesh.core.types import CopyState
+
+
+class Cache:
+    """See the module's docstring. ``repr(cache)`` is a log line."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        if config.capacity_bytes < 1 or config.load_slots < 1:
+            raise ValueError(f"a cache needs capacity and at least one load slot: {config}")
+        self.config = config
+        self.used_bytes = 0
+        self.draining = False
+        # Whether the pod has to tell BecameIdle: something waits for requests to end.
+        self.awaiting_idle = False
+        self._copies: dict[str, Copy] = {}
+        self._active: dict[str, Copy] = {}  # all but LOADED: what _settle has to look at
+        self._pinned: dict[str, Copy] = {}
+        self._lru = LazyLru()  # LOADED, pinned and busy ones included
+        self._sequence = 0
+        self._out: list[Instruction] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"Cache({self.used_bytes}/{self.config.capacity_bytes} B, {len(self._copies)} copies, "
+            f"{len(self._active)} not loaded)"
+        )
+
+    # ---- reading ----
+
+    def get(self, model_id: str) -> Copy | None:
+        return self._copies.get(model_id)
+
+    def copies(self) -> list[Copy]:
+        return list(self._copies.values())
+
+    def __len__(self) -> int:
+        return len(self._copies)
+
+    @property
+    def free_bytes(self) -> int:
+        return self.config.capacity_bytes - self.used_bytes
+
+    @property
+    def loading_count(self) -> int:
+        """Loads queued or under way."""
+        return sum(copy.state is not UNLOADING for copy in self._active.values())
+
+    def oldest_use_at_ms(self) -> int:
+        return self._lru.oldest_use_at_ms()
+
+    # ---- the one mutator ----
+
+    def handle(self, event: Event, now_ms: int) -> tuple[Instruction, ...]:
+        self._out = []
+        match event:
+            case Tick():
+                for copy in list(self._active.values()):
+                    if copy.state is not UNLOADING and copy.deadline_at_ms <= now_ms:
+                        self._step(copy, T.TIMED_OUT, None, now_ms)
+            case Drain():
+                self.draining = True
+                for copy in list(self._copies.values()):
+                    self._step(copy, T.DRAINED, None, now_ms)
+            case _:
+                self._handle_copy(event, now_ms)
+        self._settle(now_ms)
+        out, self._out = tuple(self._out), []
+        return out
+
+    def _handle_copy(self, event: CopyEvent, now_ms: int) -> None:
+        copy = self._copies.get(event.model_id)
+        if copy is not None:
+            self._step(copy, TRIGGER_OF[type(event)], event, now_ms)
+        elif isinstance(event, LoadWanted):
+            self._admit(event, now_ms)
+        elif not isinstance(event, UnloadWanted | PinChanged):
+            raise IllegalTransition(f"{event} for a model that is not here")
+
+    def _step(self, copy: Copy, trigger: Trigger, event: CopyEvent | None, now_ms: int) -> None:
+        allowed = TRANSITIONS.get((copy.state, trigger))
+        if allowed is None:
+            raise IllegalTransition(f"{trigger.value} in {copy.state.value}: {copy}")
+        before = copy.state
+        _ACTIONS[trigger](self, copy, event, now_ms)
+        if copy.state not in allowed:
+            raise IllegalTransition(f"{before.value} by {trigger.value} became {copy}")
+
+    # ---- triggers ----
+
+    def _admit(self, event: LoadWanted, now_ms: int) -> None:
+        need = event.size_bytes or self.config.default_size_bytes
+        refusal: Reason | None = None
+        if self.draining:
+            refusal = Reason.DRAINING
+        elif event.size_bytes and need <= self.config.capacity_bytes:
+            refusal = None if need <= self._obtainable_bytes() else Reason.NO_ROOM
+        if refusal is not None:
+            self._out.append(rejection(event.model_id, need, refusal))
+            self._out.append(Publish(event.model_id, REMOVED, 0, refusal))
+            return
+        if event.size_bytes > self.config.capacity_bytes:
+            error = too_large(event.model_id, event.size_bytes, self.config.capacity_bytes)
+            self._out.append(LoadEnded(event.model_id, Reason.TOO_LARGE, event.size_bytes, error))
+            self._out.append(Publish(event.model_id, REMOVED, 0, Reason.TOO_LARGE))
+            return
+        self._sequence += 1
+        default = min(self.config.default_size_bytes, self.config.capacity_bytes)
+        copy = Copy(event, self._sequence, default, now_ms)
+        self._copies[copy.model_id] = self._active[copy.model_id] = copy
+        self._pin(copy, event.pinned)
+
+    def _load_wanted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        assert isinstance(event, LoadWanted)
+        if copy.state is UNLOADING:
+            self._out.append(rejection(copy.model_id, 0, Reason.STILL_UNLOADING))
+            return
+        self._pin(copy, copy.pinned or event.pinned)
+        copy.use.last_used_at_ms = max(copy.use.last_used_at_ms, event.last_used_at_ms)
+        if copy.state is LOADED:
+            self._out.append(LoadEnded(copy.model_id, Reason.ALREADY_LOADED, copy.size_bytes))
+        elif copy.proactive and not event.proactive:
+            copy.proactive = False
+            copy.deadline_at_ms = max(copy.deadline_at_ms, now_ms + event.timeout_ms)
+
+    def _slot_granted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        self._reserve_or_wait(copy, copy.need_bytes, now_ms, Reason.SLOT_FREE)
+
+    def _size_predicted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        assert isinstance(event, SizePredicted)
+        copy.fetched = True
+        copy.need_bytes = event.size_bytes
+        if event.size_bytes > self.config.capacity_bytes:
+            error = too_large(copy.model_id, event.size_bytes, self.config.capacity_bytes)
+            self._fail(copy, Reason.TOO_LARGE, error)
+            return
+        self._account(copy, 0)  # nothing is in memory yet: waiting with it in hand could deadlock
+        self._reserve_or_wait(copy, event.size_bytes, now_ms, Reason.SIZE_PREDICTED)
+
+    def _reserve_or_wait(self, copy: Copy, need: int, now_ms: int, reason: Reason) -> None:
+        limit = self.config.capacity_bytes
+        if copy.proactive:
+            limit -= self.config.unload_buffer_bytes
+        others_wait = any(other.state is WAITING for other in self._active.values())
+        if not others_wait and self.used_bytes + need <= limit:
+            self._account(copy, need)
+            self._enter_loading(copy, reason)
+        elif copy.proactive:
+            self._reject(copy, Reason.NO_FREE_MEMORY)
+        elif need > self._obtainable_bytes():
+            self._reject(copy, Reason.NO_ROOM)
+        elif self._would_churn(need, now_ms):
+            self._reject(copy, Reason.CHURN)
+        else:
+            copy.state = WAITING
+
+    def _memory_granted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        if copy.state is WAITING:
+            self._account(copy, copy.need_bytes)
+            self._enter_loading(copy, Reason.MEMORY_FREED)
+            return
+        copy.state = LOADED
+        copy.overrun_bytes = 0
+        copy.loaded_at_ms = now_ms
+        copy.use.last_used_at_ms = max(copy.use.last_used_at_ms, 0 if copy.proactive else now_ms)
+        del self._active[copy.model_id]
+        self._lru.add(copy.model_id, copy.use)
+        self._out.append(LoadEnded(copy.model_id, Reason.LOADED, copy.size_bytes))
+        self._out.append(Publish(copy.model_id, LOADED, copy.size_bytes, Reason.LOADED))
+
+    def _enter_loading(self, copy: Copy, reason: Reason) -> None:
+        copy.state = LOADING
+        if copy.fetched:
+            self._out.append(StartLoad(copy.model_id, copy.size_bytes, reason))
+        else:
+            self._out.append(StartFetch(copy.model_id, reason))
+
+    def _load_finished(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        assert isinstance(event, LoadFinished)
+        copy.overrun_bytes = max(0, event.size_bytes - copy.size_bytes)
+        self._account(copy, event.size_bytes)
+        if copy.state is LOADING:
+            copy.state = SIZING
+        elif copy.load_running:
+            copy.load_running = False
+            self._start_unload(copy, now_ms)
+        else:
+            raise IllegalTransition(f"a load of {copy} was not under way")
+
+    def _load_broken(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        assert isinstance(event, LoadBroken)
+        if copy.state is LOADING:
+            self._fail(copy, Reason.LOAD_FAILED, event.error)
+        elif copy.load_running:
+            self._leave(copy, REMOVED)
+        else:
+            raise IllegalTransition(f"a load of {copy} was not under way")
+
+    def _timed_out(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        if copy.state in (QUEUED, WAITING):
+            self._reject(copy, Reason.MEMORY_TIMEOUT)
+            return
+        error = LoadFailed(
+            f"loading model {copy.model_id!r} took longer than its time-out", code=Code.UNAVAILABLE
+        )
+        self._out.append(LoadEnded(copy.model_id, Reason.LOAD_TIMEOUT, copy.size_bytes, error))
+        self._enter_unloading(copy, Reason.LOAD_TIMEOUT, now_ms)
+
+    def _no_memory(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        final = copy.size_bytes > self.config.capacity_bytes
+        error = (
+            too_large(copy.model_id, copy.size_bytes, self.config.capacity_bytes)
+            if final
+            else LoadFailed(
+                f"model {copy.model_id!r} takes {copy.size_bytes} bytes, "
+                f"{copy.overrun_bytes} more than predicted, and nothing can make room for them",
+                code=Code.UNAVAILABLE,
+            )
+        )
+        reason = Reason.TOO_LARGE if final else Reason.MEASURED_TOO_LARGE
+        self._out.append(LoadEnded(copy.model_id, reason, copy.size_bytes, error))
+        self._enter_unloading(copy, reason, now_ms)
+
+    def _evicted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        self._enter_unloading(copy, Reason.EVICTED, now_ms)
+
+    def _unload_wanted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        assert isinstance(event, UnloadWanted)
+        if copy.state is not UNLOADING:
+            self._stop(copy, event.reason, now_ms)
+
+    def _drained(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        if copy.state not in (LOADED, UNLOADING):
+            self._stop(copy, Reason.DRAINING, now_ms)
+
+    def _stop(self, copy: Copy, reason: Reason, now_ms: int) -> None:
+        """Let a copy go whatever it is doing."""
+        if copy.state is not LOADED:
+            if reason is Reason.DELETED:
+                error = NotFound(f"model {copy.model_id!r} was deleted while it was being loaded")
+                self._out.append(LoadEnded(copy.model_id, reason, 0, error))
+            else:
+                self._out.append(rejection(copy.model_id, copy.need_bytes, reason))
+        if copy.state in (QUEUED, WAITING):
+            self._leave(copy, REMOVED)
+            self._out.append(Publish(copy.model_id, REMOVED, 0, reason))
+        else:
+            self._enter_unloading(copy, reason, now_ms)
+
+    def _became_idle(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        if copy.state is UNLOADING:
+            self._start_unload(copy, now_ms)
+
+    def _unload_finished(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        if not copy.unload_started:
+            raise IllegalTransition(f"an unload of {copy} was not under way")
+        self._leave(copy, REMOVED)
+
+    def _pin_changed(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        assert isinstance(event, PinChanged)
+        self._pin(copy, event.pinned)
+
+    def _pin(self, copy: Copy, pinned: bool) -> None:
+        copy.pinned = pinned
+        if pinned:
+            self._pinned[copy.model_id] = copy
+        else:
+            self._pinned.pop(copy.model_id, None)
+
+    # ---- leaving ----
+
+    def _enter_unloading(self, copy: Copy, reason: Reason, now_ms: int) -> None:
+        was = copy.state
+        copy.state, copy.reason = UNLOADING, reason
+        self._lru.discard(copy.model_id)
+        self._active[copy.model_id] = copy
+        self._out.append(Publish(copy.model_id, REMOVED, 0, reason))
+        if was is LOADING:
+            copy.load_running = True
+            self._out.append(AbandonLoad(copy.model_id, reason))
+        else:
+            self._start_unload(copy, now_ms)
+
+    def _start_unload(self, copy: Copy, now_ms: int) -> None:
+        if copy.use.in_flight or copy.unload_started or copy.load_running:
+            return
+        copy.unload_started = True
+        idle_ms = max(0, now_ms - copy.use.last_used_at_ms) if copy.use.last_used_at_ms else 0
+        second = ""
+        if copy.reason is Reason.EVICTED:
+            second = next(iter(self._victims(1)), "")
+        assert copy.reason is not None
+        self._out.append(StartUnload(copy.model_id, copy.reason, idle_ms, second))
+
+    def _fail(self, copy: Copy, reason: Reason, error: MeshError) -> None:
+        self._leave(copy, FAILED)
+        self._out.append(LoadEnded(copy.model_id, reason, copy.need_bytes, error))
+        self._out.append(Publish(copy.model_id, REMOVED, 0, reason))
+
+    def _reject(self, copy: Copy, reason: Reason) -> None:
+        self._leave(copy, REMOVED)
+        self._out.append(rejection(copy.model_id, copy.need_bytes, reason))
+        self._out.append(Publish(copy.model_id, REMOVED, 0, reason))
+
+    def _leave(self, copy: Copy, state: CopyState) -> None:
+        self._account(copy, 0)
+        copy.state = state
+        copy.overrun_bytes = 0
+        del self._copies[copy.model_id]
+        self._active.pop(copy.model_id, None)
+        self._pinned.pop(copy.model_id, None)
+        self._lru.discard(copy.model_id)
+
+    # ---- memory ----
+
+    def _account(self, copy: Copy, size_bytes: int) -> None:
+        self.used_bytes += size_bytes - copy.size_bytes
+        copy.size_bytes = size_bytes
+
+    def _settle(self, now_ms: int) -> None:
+        """Hand out what is free, in order, then evict for who still waits."""
+        self._settle_measured(now_ms)
+        waiting = sorted(
+            (copy for copy in self._active.values() if copy.state is WAITING),
+            key=lambda copy: copy.sequence,
+        )
+        for copy in waiting:
+            if self.used_bytes + copy.need_bytes > self.config.capacity_bytes:
+                break
+            self._step(copy, T.MEMORY_GRANTED, None, now_ms)
+        self._grant_slots(now_ms)
+        self._make_room(now_ms)
+
+    def _settle_measured(self, now_ms: int) -> None:
+        sizing = [copy for copy in self._active.values() if copy.state is SIZING]
+        for copy in sorted(sizing, key=lambda copy: copy.sequence):
+            if not copy.overrun_bytes or self.used_bytes <= self.config.capacity_bytes:
+                self._step(copy, T.MEMORY_GRANTED, None, now_ms)
+        # Those left exceed their predictions. When even all that may go cannot make room, the
+        # youngest of them goes itself; else they would wait for each other.
+        left = sorted(
+            (copy for copy in sizing if copy.state is SIZING), key=lambda copy: copy.sequence
+        )
+        while left and sum(copy.size_bytes for copy in left) > self._obtainable_bytes():
+            self._step(left.pop(), T.NO_MEMORY, None, now_ms)
+
+    def _grant_slots(self, now_ms: int) -> None:
+        queued = [copy for copy in self._active.values() if copy.state is QUEUED]
+        if not queued:
+            return
+        busy = sum(copy.state in HOLDS_SLOT for copy in self._active.values())
+        queued.sort(key=_queue_order)
+        for copy in queued:
+            if busy >= self.config.load_slots:
+                return
+            self._step(copy, T.SLOT_GRANTED, None, now_ms)
+            busy += copy.state in HOLDS_SLOT
+
+    def _make_room(self, now_ms: int) -> None:
+        """Evict for what waits, and ahead for the unload buffer while awaited loads go on."""
+        needs = leaving = 0
+        idle_wanted = awaited = False
+        for copy in self._active.values():
+            if copy.state is WAITING:
+                needs += copy.need_bytes
+            elif copy.state is UNLOADING:
+                leaving += copy.size_bytes
+                idle_wanted = idle_wanted or copy.use.in_flight > 0
+            awaited = awaited or (copy.state in (WAITING, LOADING) and not copy.proactive)
+        wanted = self.used_bytes + needs - leaving - self.config.capacity_bytes
+        if awaited:
+            wanted += self.config.unload_buffer_bytes
+        while wanted > 0:
+            victim = next(iter(self._victims(1)), None)
+            if victim is None:
+                break
+            copy = self._copies[victim]
+            wanted -= copy.size_bytes
+            self._step(copy, T.EVICTED, None, now_ms)
+        self.awaiting_idle = idle_wanted or (wanted > 0 and self._over_or_waiting())
+
+    def _over_or_waiting(self) -> bool:
+        return any(copy.state in (WAITING, SIZING) for copy in self._active.values())
+
+    def _victims(self, count: int) -> list[str]:
+        return self._lru.oldest(self._evictable, count)
+
+    def _evictable(self, model_id: str) -> bool:
+        copy = self._copies[model_id]
+        return not copy.pinned and copy.use.in_flight == 0
+
+    def _would_churn(self, need: int, now_ms: int) -> bool:
+        if not self.config.min_churn_age_ms:
+            return False
+        victim = next(iter(self._victims(1)), None)
+        if victim is None:
+            return False
+        return now_ms - self._copies[victim].use.last_used_at_ms < self.config.min_churn_age_ms
+
+    def _obtainable_bytes(self) -> int:
+        """What loads could get if all that may go did go: capacity less what stays for sure."""
+        pinned = sum(copy.size_bytes for copy in self._pinned.values() if copy.state is LOADED)
+        stuck = sum(copy.size_bytes for copy in self._active.values() if copy.load_running)
+        return self.config.capacity_bytes - pinned - stuck
+
+
+def _queue_order(copy: Copy) -> tuple[bool, int, int]:
+    """Awaited first, in the order of arrival; then proactive, most recently used first."""
+    return (
+        copy.proactive,
+        -copy.use.last_used_at_ms if copy.proactive else 0,
+        copy.sequence,
+    )
+
+
+Action = Callable[[Cache, Copy, CopyEvent | None, int], None]
+
+_ACTIONS: Final[Mapping[Trigger, Action]] = {
+    T.LOAD_WANTED: Cache._load_wanted,
+    T.SLOT_GRANTED: Cache._slot_granted,
+    T.MEMORY_GRANTED: Cache._memory_granted,
+    T.SIZE_PREDICTED: Cache._size_predicted,
+    T.LOAD_FINISHED: Cache._load_finished,
+    T.LOAD_BROKEN: Cache._load_broken,
+    T.TIMED_OUT: Cache._timed_out,
+    T.NO_MEMORY: Cache._no_memory,
+    T.EVICTED: Cache._evicted,
+    T.UNLOAD_WANTED: Cache._unload_wanted,
+    T.DRAINED: Cache._drained,
+    T.BECAME_IDLE: Cache._became_idle,
+    T.UNLOAD_FINISHED: Cache._unload_finished,
+    T.PIN_CHANGED: Cache._pin_changed,
+}
