@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from mesh.core.errors import InvalidArgument, Unavailable
+from mesh.core.errors import FailedPrecondition, InvalidArgument, Unavailable
 
 MAX_TXN_OPS: Final = 128  # etcd's default
 
@@ -28,6 +28,10 @@ class StoreUnavailable(Unavailable):
 
 class StoreFull(StoreUnavailable):
     """etcd raised NOSPACE: its quota is used up; compact, defragment, disarm the alarm."""
+
+
+class StoreDenied(FailedPrecondition):
+    """The store refuses who we are or what we ask: user, password, certificate or permission."""
 
 
 class LeaseNotFound(Unavailable):
