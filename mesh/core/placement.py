@@ -23,8 +23,8 @@ from typing import Final, NamedTuple
 
 from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError
 from mesh.core.policy import Policy
-from mesh.core.types import FailureRecord, InstanceState, ModelRecord
 from mesh.core.slots import InstanceSlot
+from mesh.core.types import FailureRecord, InstanceState, ModelRecord
 from mesh.core.view import ClusterView
 
 # Why an instance cannot take a model; the words of `mesh explain`.

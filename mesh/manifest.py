@@ -1,0 +1,442 @@
+"""Kubernetes-style resources, as users write them for KServe and ModelMesh, turned into records.
+
+This is an edge: YAML, JSON and dictionaries live here, and what comes out are frozen records. It
+reads ``InferenceService`` (serving.kserve.io/v1beta1) unchanged, in both its forms
+(``predictor.model`` and the old ``predictor.<framework>``), and lists of them.
+
+It writes nothing and loads nothing. A wrong field is ``InvalidArgument`` with the field's full
+path, what was expected and what was found. A field that it does not know, or that KServe knows
+and this mesh does not act on, is named in a warning and changes nothing else.
+
+The concrete model's id carries a hash of what the model *is*: the predictor's spec without the
+fields of scaling and traffic (``kserve_fields.COMPONENT``), and the annotations that choose its
+artifact. So a changed ``minReplicas`` loads nothing anew, and a changed ``storageUri`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+
+from mesh import kserve_fields
+from mesh.core.errors import InvalidArgument
+from mesh.core.names import check_namespace, check_resource_name, concrete_model_id
+from mesh.core.types import ModelRecord, VModelRecord
+from mesh.manifest_fields import Fields, wrong
+from mesh.quantity import parse_duration_ms, parse_quantity
+
+API_VERSION: Final = "serving.kserve.io/v1beta1"
+SUPPORTED_KINDS: Final = ("InferenceService",)
+# The owner that ModelMesh's controller gives to the aliases of InferenceServices.
+OWNER: Final = "isvc"
+
+KSERVE_PREFIX: Final = "serving.kserve.io/"
+# Our own annotations. ``revision`` means nothing but "load it anew": for an artifact that was
+# replaced under the same path.
+MESH_PREFIX: Final = "mesh.serving/"
+PIN: Final = MESH_PREFIX + "pin"
+MODEL_SIZE: Final = MESH_PREFIX + "model-size"
+MAX_CONCURRENCY: Final = MESH_PREFIX + "max-concurrency"
+LOAD_TIMEOUT: Final = MESH_PREFIX + "load-timeout"
+REVISION: Final = MESH_PREFIX + "revision"
+_MESH_ANNOTATIONS: Final = (PIN, MODEL_SIZE, MAX_CONCURRENCY, LOAD_TIMEOUT, REVISION)
+# Annotations that are part of what the model is.
+_IDENTITY: Final = (KSERVE_PREFIX + "secretKey", KSERVE_PREFIX + "schemaPath", REVISION)
+
+# One text; a resource is a few KB, and etcd takes 1.5 MB in a value.
+MAX_TEXT_CHARS: Final = 16 * 1024 * 1024
+MAX_RESOURCE_CHARS: Final = 1024 * 1024
+_MAX_NODES: Final = 100_000  # of one document with its YAML aliases written out
+_MAX_DEPTH: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedModel:
+    """What one resource asks for. ``namespace`` is "" when the resource does not say.
+
+    ``alias`` has ``model`` as its active and its target: whoever writes it over an existing alias
+    moves only the target. ``warnings`` each begin with a field's path.
+    """
+
+    name: str
+    namespace: str
+    model: ModelRecord
+    alias: VModelRecord
+    warnings: tuple[str, ...] = ()
+
+
+# ---- documents --------------------------------------------------------------------------------
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML as Kubernetes reads it: no dates, and no key twice."""
+
+    yaml_implicit_resolvers: Final = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _construct_mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise InvalidArgument(f"line {line}: the key {key.value!r} stands here twice")
+            seen.add(key.value)
+    loader.flatten_mapping(node)
+    mapping: dict[Any, Any] = loader.construct_mapping(node, deep=True)
+    return mapping
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def load_documents(text: str, where: str = "manifest") -> tuple[dict[str, Any], ...]:
+    """The resources of a YAML or JSON text: several documents, and ``List`` kinds taken apart.
+
+    ``where`` (a file's name) begins every error's message. Empty documents are skipped.
+    """
+    if len(text) > MAX_TEXT_CHARS:
+        raise InvalidArgument(f"{where}: expected at most {MAX_TEXT_CHARS} characters")
+    try:
+        documents = list(yaml.load_all(text, Loader=_Loader))
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{where}: {error.message}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InvalidArgument(f"{where}: neither YAML nor JSON: {_one_line(error)}") from None
+    resources: list[dict[str, Any]] = []
+    for number, document in enumerate(documents, start=1):
+        at = where if len(documents) == 1 else f"{where}, document {number}"
+        if document is not None:
+            _check_tree(document, at)
+            resources.extend(_unlisted(document, at))
+    return tuple(resources)
+
+
+def _unlisted(document: object, where: str) -> Iterable[dict[str, Any]]:
+    if not isinstance(document, dict):
+        raise wrong(where, "a resource with apiVersion, kind, metadata and spec", document)
+    kind = document.get("kind")
+    if not (isinstance(kind, str) and kind.endswith("List") and "items" in document):
+        yield document
+        return
+    items = document["items"]
+    if not isinstance(items, list):
+        raise wrong(f"{where}: items", "a list of resources", items)
+    for index, item in enumerate(items):
+        yield from _unlisted(item, f"{where}: items[{index}]")
+
+
+def _check_tree(document: object, where: str) -> None:
+    """Only what JSON can say, of a bounded size: YAML aliases can make a small text huge."""
+    nodes = 0
+    stack: list[tuple[object, int]] = [(document, 0)]
+    while stack:
+        value, depth = stack.pop()
+        nodes += 1
+        if nodes > _MAX_NODES or depth > _MAX_DEPTH:
+            raise InvalidArgument(
+                f"{where}: expected at most {_MAX_NODES} values nested at most {_MAX_DEPTH} deep "
+                "in one document, with YAML aliases written out"
+            )
+        match value:
+            case dict():
+                for key in value:
+                    if not isinstance(key, str):
+                        raise wrong(f"{where}: a key", "a string (put it in quotes)", key)
+                stack.extend((inner, depth + 1) for inner in value.values())
+            case list():
+                stack.extend((inner, depth + 1) for inner in value)
+            case float() if not math.isfinite(value):
+                raise wrong(f"{where}: a value", "a finite number", value)
+            case None | str() | bool() | int() | float():
+                pass
+            case _:
+                raise wrong(f"{where}: a value", "what JSON can say", value)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# ---- resources --------------------------------------------------------------------------------
+
+
+def parse_manifests(
+    text: str, *, where: str = "manifest", now_ms: int = 0
+) -> tuple[AppliedModel, ...]:
+    """Every resource of a text; the first wrong one fails it all."""
+    return tuple(parse_resource(r, now_ms=now_ms) for r in load_documents(text, where))
+
+
+def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedModel:
+    """One InferenceService as a dictionary."""
+    warnings: list[str] = []
+    top = Fields(dict(resource), "", warnings)
+    kind = top.text("kind", required=f"one of the kinds {', '.join(SUPPORTED_KINDS)}")
+    if kind not in SUPPORTED_KINDS:
+        raise InvalidArgument(
+            f"kind: expected one of the kinds that this mesh serves "
+            f"({', '.join(SUPPORTED_KINDS)}); found {kind!r}"
+        )
+    top.text("apiVersion", required=API_VERSION, choices=(API_VERSION,))
+    metadata = top.fields("metadata", required="a mapping with a name")
+    spec = top.fields("spec", required="a mapping with a predictor")
+    assert metadata is not None and spec is not None
+    name = check_resource_name(metadata.take("name"), "metadata.name")
+    namespace = metadata.text("namespace")
+    if namespace:
+        check_namespace(namespace, "metadata.namespace")
+    annotations = metadata.text_map("annotations")
+    labels = metadata.text_map("labels")
+    for silent in kserve_fields.METADATA:
+        metadata.take(silent)
+    metadata.close()
+    predictor = spec.fields("predictor", required="a mapping with a model")
+    assert predictor is not None
+    spec.close(kserve_fields.SPEC)
+    top.take("status")
+    top.close()
+    about = _annotated(annotations, warnings)
+    what = _read_predictor(predictor, annotations, warnings)
+    return applied_model(
+        name,
+        namespace,
+        dict(resource),
+        what=what,
+        about=about,
+        labels=labels,
+        now_ms=now_ms,
+        warnings=warnings,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Annotated:
+    """What our own annotations say."""
+
+    pinned: bool = False
+    size_bytes: int | None = None
+    max_concurrency: int | None = None
+    load_timeout_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """What a predictor says. ``identity`` is what the model id's hash is taken of."""
+
+    model_type: str
+    path: str
+    key: str
+    min_copies: int
+    identity: Mapping[str, Any]
+
+
+def applied_model(
+    name: str,
+    namespace: str,
+    resource: Mapping[str, Any],
+    *,
+    what: Predictor,
+    about: Annotated,
+    labels: Mapping[str, str],
+    now_ms: int,
+    warnings: Iterable[str] = (),
+) -> AppliedModel:
+    """The two records of a resource: the concrete model and the alias that names it."""
+    model_id = concrete_model_id(name, "isvc", what.identity)
+    model = ModelRecord(
+        model_id=model_id,
+        model_type=what.model_type,
+        path=what.path,
+        key=what.key,
+        size_bytes_stated=about.size_bytes,
+        min_copies=what.min_copies,
+        pinned=about.pinned,
+        max_concurrency=about.max_concurrency,
+        load_timeout_ms=about.load_timeout_ms,
+        auto_delete=True,
+        labels=labels,
+        created_at_ms=now_ms,
+    )
+    alias = VModelRecord(
+        name=name,
+        active_model_id=model_id,
+        target_model_id=model_id,
+        owner=OWNER,
+        manifest=_as_applied(resource),
+        updated_at_ms=now_ms,
+    )
+    return AppliedModel(name, namespace, model, alias, tuple(warnings))
+
+
+def _as_applied(resource: Mapping[str, Any]) -> str:
+    """Compact JSON without what the API server wrote."""
+    kept = {key: value for key, value in resource.items() if key != "status"}
+    metadata = kept.get("metadata")
+    if isinstance(metadata, dict) and "managedFields" in metadata:
+        kept["metadata"] = {k: v for k, v in metadata.items() if k != "managedFields"}
+    text = json.dumps(kept, separators=(",", ":"), ensure_ascii=False)
+    if len(text) > MAX_RESOURCE_CHARS:
+        raise InvalidArgument(
+            f"expected a resource of at most {MAX_RESOURCE_CHARS} characters of JSON; "
+            f"found {len(text)}"
+        )
+    return text
+
+
+# ---- annotations ------------------------------------------------------------------------------
+
+
+def _annotated(annotations: Mapping[str, str], warnings: list[str]) -> Annotated:
+    for name in sorted(annotations):
+        if name.startswith(MESH_PREFIX) and name not in _MESH_ANNOTATIONS:
+            warnings.append(f"{_annotation(name)}: unknown annotation, ignored")
+        elif name.startswith(KSERVE_PREFIX) and name not in _IDENTITY:
+            if name == KSERVE_PREFIX + "deploymentMode" and annotations[name] == "ModelMesh":
+                continue
+            warnings.append(f"{_annotation(name)}: kept, not acted on")
+    return Annotated(
+        pinned=_boolean(annotations, PIN),
+        size_bytes=_positive(
+            parse_quantity(annotations[MODEL_SIZE], _annotation(MODEL_SIZE))
+            if MODEL_SIZE in annotations
+            else None,
+            MODEL_SIZE,
+        ),
+        max_concurrency=_concurrency(annotations),
+        load_timeout_ms=_positive(
+            parse_duration_ms(annotations[LOAD_TIMEOUT], _annotation(LOAD_TIMEOUT))
+            if LOAD_TIMEOUT in annotations
+            else None,
+            LOAD_TIMEOUT,
+        ),
+    )
+
+
+def _annotation(name: str) -> str:
+    return f"metadata.annotations[{name}]"
+
+
+def _boolean(annotations: Mapping[str, str], name: str) -> bool:
+    value = annotations.get(name, "false")
+    if value not in ("true", "false"):
+        raise wrong(_annotation(name), 'the string "true" or "false"', value)
+    return value == "true"
+
+
+def _positive(value: int | None, name: str) -> int | None:
+    if value is not None and value <= 0:
+        raise wrong(_annotation(name), "more than nothing", value)
+    return value
+
+
+def _concurrency(annotations: Mapping[str, str]) -> int | None:
+    value = annotations.get(MAX_CONCURRENCY)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdigit() and len(value) <= 6 and int(value) > 0):
+        raise wrong(_annotation(MAX_CONCURRENCY), "a whole number of 1 to 999999", value)
+    return int(value)
+
+
+# ---- the predictor ----------------------------------------------------------------------------
+
+
+def _read_predictor(
+    predictor: Fields, annotations: Mapping[str, str], warnings: list[str]
+) -> Predictor:
+    forms = [form for form in ("model", *kserve_fields.FRAMEWORKS) if predictor.has(form)]
+    if len(forms) != 1:
+        expected = f"exactly one of model, {', '.join(kserve_fields.FRAMEWORKS)}"
+        said = " and ".join(forms) or "none of them"
+        if not forms and predictor.has("containers"):
+            said = "only containers, which cannot share a serving pod with other models"
+        raise InvalidArgument(f"{predictor.path}: expected {expected}; found {said}")
+    form = forms[0]
+    implementation = predictor.fields(form)
+    assert implementation is not None
+    version = ""
+    model_type = form
+    if form == "model":
+        model_format = implementation.fields("modelFormat", required="a mapping with a name")
+        assert model_format is not None
+        model_type = model_format.text("name", required="the format's name, for example onnx")
+        version = model_format.text("version")
+        model_format.close()
+    protocol = implementation.text("protocolVersion", choices=kserve_fields.PROTOCOLS)
+    if protocol == "grpc-v1":
+        at = implementation.at("protocolVersion")
+        warnings.append(f"{at}: kept, not acted on: this mesh serves v1 and v2 over REST, v2 gRPC")
+    path, storage = _read_storage(implementation, annotations)
+    implementation.close(kserve_fields.MODEL)
+    minimum = predictor.integer("minReplicas", minimum=0) or 0
+    maximum = predictor.integer("maxReplicas", minimum=0)
+    if maximum is not None:
+        warnings.append(f"{predictor.at('maxReplicas')}: kept, not acted on")
+        if 0 < maximum < minimum:
+            raise wrong(predictor.at("maxReplicas"), f"at least minReplicas ({minimum})", maximum)
+    raw = dict(predictor.raw)
+    predictor.close(kserve_fields.COMPONENT | kserve_fields.PREDICTOR)
+    model_type = model_type.lower()
+    key = dict(storage)
+    key["model_type"] = {"name": model_type, **({"version": version} if version else {})}
+    return Predictor(
+        model_type=model_type,
+        path=path,
+        key=json.dumps(key, sort_keys=True, separators=(",", ":"), ensure_ascii=False),
+        # 1 is Kubernetes' default and says nothing; a model may be in no memory at all.
+        min_copies=minimum if minimum >= 2 else 0,
+        identity=_identity(raw, annotations),
+    )
+
+
+def _identity(predictor: Mapping[str, Any], annotations: Mapping[str, str]) -> dict[str, Any]:
+    """What the model is: see the module's docstring."""
+    what = {
+        k: v for k, v in predictor.items() if k not in kserve_fields.COMPONENT and v is not None
+    }
+    chosen = {name: annotations[name] for name in _IDENTITY if name in annotations}
+    return {**what, "annotations": chosen} if chosen else what
+
+
+def _read_storage(
+    implementation: Fields, annotations: Mapping[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """(path, the storage's part of ModelMesh's key)"""
+    uri = implementation.text("storageUri")
+    storage = implementation.fields("storage")
+    if (storage is None) == (not uri):
+        said = "neither" if storage is None else "both"
+        raise InvalidArgument(
+            f"{implementation.path}: expected either storageUri or storage (key, path, "
+            f"parameters); found {said}"
+        )
+    key: dict[str, Any] = {}
+    secret_key = annotations.get(KSERVE_PREFIX + "secretKey", "")
+    schema_path = annotations.get(KSERVE_PREFIX + "schemaPath", "")
+    if storage is None:
+        scheme, separator, rest = uri.partition("://")
+        if not (separator and scheme and rest):
+            raise wrong(implementation.at("storageUri"), "a URI such as s3://bucket/path", uri)
+        path = uri
+    else:
+        path = storage.text("path", required="the path of the model inside its storage")
+        secret_key = storage.text("key") or secret_key
+        schema_path = storage.text("schemaPath") or schema_path
+        parameters = storage.text_map("parameters")
+        storage.close()
+        if parameters:
+            key["storage_params"] = parameters
+    if secret_key:
+        key["storage_key"] = secret_key
+    if schema_path:
+        key["schema_path"] = schema_path
+    return path, key
