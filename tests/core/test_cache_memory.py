@@ -164,6 +164,29 @@ def test_memory_is_handed_out_in_order_so_that_a_large_load_is_not_starved() -> 
     assert (driver.state("large"), driver.state("small")) == (S.LOADING, S.LOADING)
 
 
+def test_a_small_load_that_would_fit_does_not_overtake_a_large_one_that_waits() -> None:
+    driver = Driver(capacity=100, slots=3)
+    driver.load("a", 50)
+    driver.use("a", +1)
+    driver.want("large", 90)
+    driver.want("small", 10)
+    assert (driver.state("large"), driver.state("small")) == (S.WAITING, S.WAITING)
+
+
+def test_a_copy_that_kept_to_its_prediction_does_not_wait_for_one_that_did_not() -> None:
+    driver = Driver(capacity=100)
+    driver.load("busy", 30)
+    driver.use("busy", +1)
+    driver.want("b", 30)
+    driver.want("c", 30)
+    driver.send(SizePredicted("b", 30))
+    driver.send(SizePredicted("c", 30))
+    driver.send(LoadFinished("b", 50))
+    assert driver.state("b") is S.SIZING
+    ended = of(LoadEnded, driver.send(LoadFinished("c", 30)))
+    assert ended == [LoadEnded("c", Reason.LOADED, 30)]
+
+
 def test_a_model_larger_than_the_capacity_is_a_final_error_from_its_record() -> None:
     out = Driver(capacity=100).want("a", 101)
     [ended] = of(LoadEnded, out)
