@@ -301,7 +301,8 @@ class StreamCall(ServerCall):
             raise MeshError("the client cancelled", code=Code.CANCELLED)
         if not self._headers_sent:
             self._send_initial(())
-        if not self.send_data(messages.prefix(message) + message, False):
+        self.send_data(messages.prefix(message) + message, False)
+        if self.queue is not None:
             self._writer = asyncio.get_running_loop().create_future()
             await self._writer
             self._writer = None

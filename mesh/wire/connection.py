@@ -118,7 +118,11 @@ class Stream:
         self.conn.send_headers(self, block, end)
 
     def send_data(self, data: Buffer, end: bool) -> bool:
-        """Send what the windows allow and queue the rest. True when nothing had to be queued."""
+        """Send what the windows allow and queue the rest.
+
+        True when all of it left without being queued; else ``on_drained`` tells, now or later, of
+        every byte that leaves.
+        """
         conn = self.conn
         size = len(data)
         if (
@@ -323,7 +327,7 @@ class Connection:
         self._send_queued(stream, notify=False)
         if before != stream.queued_bytes:
             stream.on_drained(before - stream.queued_bytes)
-        return stream.queue is None
+        return False
 
     def _send_queued(self, stream: Stream, *, notify: bool = True) -> None:
         """Send of a stream's queue what its windows allow."""

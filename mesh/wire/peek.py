@@ -1,0 +1,135 @@
+"""The model's name out of the first bytes of a request: field 1 of the first message.
+
+Pure. Nothing is parsed but the top level of the message: tags are read, contents skipped. As
+protobuf has it, fields may come in any order and the last ``model_name`` wins, as far as the bytes
+at hand reach.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Final
+
+from mesh.core.errors import Internal, InvalidArgument, MeshError, Unimplemented
+from mesh.wire.messages import PREFIX_BYTES, check_size
+
+_NAME_TAG: Final = 0x0A  # field 1, length-delimited
+_WBITS: Final = {b"gzip": 31, b"deflate": 15}
+
+
+@dataclass(frozen=True, slots=True)
+class Peeked:
+    """``name`` is None while more bytes are needed. ``whole`` tells that the entire message was
+    looked at, so that no later field can change the name."""
+
+    name: str | None
+    whole: bool
+
+
+_MORE: Final = Peeked(None, whole=False)
+
+
+def peek_model_name(data: bytes, encoding: bytes, limit: int, *, ended: bool) -> Peeked:
+    """Look at the first bytes of a request's body.
+
+    ``ended``: no more bytes will come. Raises InvalidArgument (no name, not a protobuf message),
+    ResourceExhausted (message over ``limit``), Unimplemented or Internal (compression).
+    """
+    if len(data) < PREFIX_BYTES:
+        if ended:
+            raise InvalidArgument("the request ended before its message did")
+        return _MORE
+    length = int.from_bytes(data[1:5], "big")
+    check_size(length, limit)
+    whole = len(data) >= PREFIX_BYTES + length
+    if data[0] == 0:
+        name = _scan(data, PREFIX_BYTES, PREFIX_BYTES + length)
+    else:
+        content = _inflate(data[PREFIX_BYTES : PREFIX_BYTES + length], data[0], encoding, limit)
+        name = _scan(content, 0, len(content) if whole else len(content) + 1)
+    if name is None and (whole or ended):
+        if ended and not whole:
+            raise InvalidArgument("the request ended before its message did")
+        raise InvalidArgument(
+            "the request names no model: set model_name (field 1) or the header mm-model-id"
+        )
+    if name is None:
+        return _MORE
+    try:
+        return Peeked(name.decode("utf-8"), whole)
+    except UnicodeDecodeError:
+        raise InvalidArgument("model_name is not UTF-8") from None
+
+
+def _inflate(data: bytes, flag: int, encoding: bytes, limit: int) -> bytes:
+    if flag != 1:
+        raise Internal(f"message prefix has the unknown flag {flag}")
+    wbits = _WBITS.get(encoding)
+    if wbits is None:
+        shown = encoding[:32].decode("ascii", "replace")
+        raise Unimplemented(f"grpc-encoding {shown!r} is not supported; use gzip or deflate")
+    try:
+        return zlib.decompressobj(wbits).decompress(data, limit)
+    except zlib.error as error:
+        raise Internal(f"a compressed message cannot be decompressed: {error}") from None
+
+
+def _scan(data: bytes, position: int, end: int) -> bytes | None:
+    """The last complete field 1 before ``end`` (the message's end, maybe beyond what is here)."""
+    name: bytes | None = None
+    have = min(end, len(data))
+    while position < have:
+        tag = data[position]
+        position += 1
+        if tag >= 0x80:
+            tag, position = _varint(data, position - 1, have)
+            if position < 0:
+                return name
+        kind = tag & 7
+        if kind == 2:
+            if position >= have:
+                return name
+            size = data[position]
+            position += 1
+            if size >= 0x80:
+                size, position = _varint(data, position - 1, have)
+                if position < 0:
+                    return name
+            if position + size > end:
+                raise _broken()
+            if tag == _NAME_TAG:
+                if position + size > have:
+                    return name
+                name = data[position : position + size]
+            position += size
+        elif kind == 0:
+            _, position = _varint(data, position, have)
+            if position < 0:
+                return name
+        elif kind == 5:
+            position += 4
+        elif kind == 1:
+            position += 8
+        else:
+            raise _broken()
+    return name
+
+
+def _varint(data: bytes, position: int, have: int) -> tuple[int, int]:
+    """Value and the position behind it; position -1 when the bytes end inside."""
+    value = shift = 0
+    while position < have:
+        octet = data[position]
+        position += 1
+        value |= (octet & 0x7F) << shift
+        if octet < 0x80:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise _broken()
+    return 0, -1
+
+
+def _broken() -> MeshError:
+    return InvalidArgument("the request is not a protobuf message with a model_name in field 1")
