@@ -144,11 +144,14 @@ class ModelDescription:
 
 
 @dataclass(frozen=True, slots=True)
-class CandidateView:
-    """An instance as a placement sees it. ``refusal`` is "" for one that may be chosen."""
+class Candidate:
+    """An instance as a placement sees it. ``reason`` says why it was refused outright (``rank`` is
+    0 then), or what it has to offer."""
 
     instance_id: str
-    refusal: str = ""
+    reason: str = ""
+    chosen: bool = False
+    rank: int = 0  # 1 is best; 0 when it was refused outright
     full: bool = False
     free_bytes: int = 0
     loads_in_progress: int = 0
@@ -156,31 +159,31 @@ class CandidateView:
 
 
 @dataclass(frozen=True, slots=True)
-class ExplanationView:
+class Explanation:
     """``mesh explain NAME``: where a request for the name would go now, and why.
 
-    ``outcome``: ``hit`` (a copy answers), ``join`` (it waits for a load under way), ``load`` (a
-    load would start), ``refused`` (an error, ``code`` says which) or ``not_found``. ``reason`` is
-    the decision's label, ``detail`` tells it to a person. ``candidates`` are best first.
+    ``action``: ``hit`` (a copy answers), ``join`` (it waits for a load under way), ``load`` (a
+    load would start), ``refused`` (an error; ``code`` names its gRPC code) or ``not_found``.
+    ``reason`` is the decision's label, the same as in metrics and logs; ``text`` tells it to a
+    person. ``candidates`` are best first.
     """
 
     name: str
-    outcome: str = ""
-    reason: str = ""
-    detail: str = ""
     model_id: str = ""
-    via: str = ""  # vmodel | model
-    state: str = ""
+    action: str = ""
     instance_id: str = ""
     address: str = ""
+    reason: str = ""
     runner_up: str = ""
-    target_model_id: str = ""
-    code: str = ""
-    copies: tuple[CopyView, ...] = ()
-    candidates: tuple[CandidateView, ...] = ()
-    inflight: Mapping[str, int] = field(default_factory=dict)  # by instance id
-    errors: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
     view_revision: int = 0
+    text: str = ""
+    via: str = ""  # vmodel | model
+    state: str = ""
+    code: str = ""
+    target_model_id: str = ""
+    copies: tuple[CopyView, ...] = ()
+    errors: tuple[str, ...] = ()
 
 
 T = TypeVar("T")
