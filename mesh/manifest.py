@@ -25,7 +25,12 @@ import yaml
 
 from mesh import kserve_fields
 from mesh.core.errors import InvalidArgument
-from mesh.core.names import check_namespace, check_resource_name, concrete_model_id
+from mesh.core.names import (
+    check_model_id,
+    check_namespace,
+    check_resource_name,
+    concrete_model_id,
+)
 from mesh.core.types import ModelRecord, VModelRecord
 from mesh.manifest_fields import Fields, wrong
 from mesh.quantity import parse_duration_ms, parse_quantity
@@ -37,14 +42,16 @@ OWNER: Final = "isvc"
 
 KSERVE_PREFIX: Final = "serving.kserve.io/"
 # Our own annotations. ``revision`` means nothing but "load it anew": for an artifact that was
-# replaced under the same path.
+# replaced under the same path. ``any-name`` lifts Kubernetes' rule for names, for a model that
+# lives in a folder and not there.
 MESH_PREFIX: Final = "mesh.serving/"
 PIN: Final = MESH_PREFIX + "pin"
 MODEL_SIZE: Final = MESH_PREFIX + "model-size"
 MAX_CONCURRENCY: Final = MESH_PREFIX + "max-concurrency"
 LOAD_TIMEOUT: Final = MESH_PREFIX + "load-timeout"
 REVISION: Final = MESH_PREFIX + "revision"
-_MESH_ANNOTATIONS: Final = (PIN, MODEL_SIZE, MAX_CONCURRENCY, LOAD_TIMEOUT, REVISION)
+ANY_NAME: Final = MESH_PREFIX + "any-name"
+_MESH_ANNOTATIONS: Final = (PIN, MODEL_SIZE, MAX_CONCURRENCY, LOAD_TIMEOUT, REVISION, ANY_NAME)
 # Annotations that are part of what the model is.
 _IDENTITY: Final = (KSERVE_PREFIX + "secretKey", KSERVE_PREFIX + "schemaPath", REVISION)
 
@@ -190,11 +197,11 @@ def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedMo
     metadata = top.fields("metadata", required="a mapping with a name")
     spec = top.fields("spec", required="a mapping with a predictor")
     assert metadata is not None and spec is not None
-    name = check_resource_name(metadata.take("name"), "metadata.name")
     namespace = metadata.text("namespace")
     if namespace:
         check_namespace(namespace, "metadata.namespace")
     annotations = metadata.text_map("annotations")
+    name = _check_name(metadata.take("name"), annotations)
     labels = metadata.text_map("labels")
     for silent in kserve_fields.METADATA:
         metadata.take(silent)
@@ -206,54 +213,8 @@ def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedMo
     top.close()
     about = _annotated(annotations, warnings)
     what = _read_predictor(predictor, annotations, warnings)
-    return applied_model(
-        name,
-        namespace,
-        dict(resource),
-        what=what,
-        about=about,
-        labels=labels,
-        now_ms=now_ms,
-        warnings=warnings,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Annotated:
-    """What our own annotations say."""
-
-    pinned: bool = False
-    size_bytes: int | None = None
-    max_concurrency: int | None = None
-    load_timeout_ms: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Predictor:
-    """What a predictor says. ``identity`` is what the model id's hash is taken of."""
-
-    model_type: str
-    path: str
-    key: str
-    min_copies: int
-    identity: Mapping[str, Any]
-
-
-def applied_model(
-    name: str,
-    namespace: str,
-    resource: Mapping[str, Any],
-    *,
-    what: Predictor,
-    about: Annotated,
-    labels: Mapping[str, str],
-    now_ms: int,
-    warnings: Iterable[str] = (),
-) -> AppliedModel:
-    """The two records of a resource: the concrete model and the alias that names it."""
-    model_id = concrete_model_id(name, "isvc", what.identity)
     model = ModelRecord(
-        model_id=model_id,
+        model_id=concrete_model_id(name, "isvc", what.identity),
         model_type=what.model_type,
         path=what.path,
         key=what.key,
@@ -268,13 +229,41 @@ def applied_model(
     )
     alias = VModelRecord(
         name=name,
-        active_model_id=model_id,
-        target_model_id=model_id,
+        active_model_id=model.model_id,
+        target_model_id=model.model_id,
         owner=OWNER,
         manifest=_as_applied(resource),
         updated_at_ms=now_ms,
     )
     return AppliedModel(name, namespace, model, alias, tuple(warnings))
+
+
+def _check_name(name: object, annotations: Mapping[str, str]) -> str:
+    """A Kubernetes name; any printable one where the resource says that it is not for there."""
+    if isinstance(name, str) and _boolean(annotations, ANY_NAME):
+        return check_model_id(name, "metadata.name")
+    return check_resource_name(name, "metadata.name")
+
+
+@dataclass(frozen=True, slots=True)
+class _Annotated:
+    """What our own annotations say."""
+
+    pinned: bool = False
+    size_bytes: int | None = None
+    max_concurrency: int | None = None
+    load_timeout_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Predictor:
+    """What a predictor says. ``identity`` is what the model id's hash is taken of."""
+
+    model_type: str
+    path: str
+    key: str
+    min_copies: int
+    identity: Mapping[str, Any]
 
 
 def _as_applied(resource: Mapping[str, Any]) -> str:
@@ -295,7 +284,7 @@ def _as_applied(resource: Mapping[str, Any]) -> str:
 # ---- annotations ------------------------------------------------------------------------------
 
 
-def _annotated(annotations: Mapping[str, str], warnings: list[str]) -> Annotated:
+def _annotated(annotations: Mapping[str, str], warnings: list[str]) -> _Annotated:
     for name in sorted(annotations):
         if name.startswith(MESH_PREFIX) and name not in _MESH_ANNOTATIONS:
             warnings.append(f"{_annotation(name)}: unknown annotation, ignored")
@@ -303,7 +292,7 @@ def _annotated(annotations: Mapping[str, str], warnings: list[str]) -> Annotated
             if name == KSERVE_PREFIX + "deploymentMode" and annotations[name] == "ModelMesh":
                 continue
             warnings.append(f"{_annotation(name)}: kept, not acted on")
-    return Annotated(
+    return _Annotated(
         pinned=_boolean(annotations, PIN),
         size_bytes=_positive(
             parse_quantity(annotations[MODEL_SIZE], _annotation(MODEL_SIZE))
@@ -352,7 +341,7 @@ def _concurrency(annotations: Mapping[str, str]) -> int | None:
 
 def _read_predictor(
     predictor: Fields, annotations: Mapping[str, str], warnings: list[str]
-) -> Predictor:
+) -> _Predictor:
     forms = [form for form in ("model", *kserve_fields.FRAMEWORKS) if predictor.has(form)]
     if len(forms) != 1:
         expected = f"exactly one of model, {', '.join(kserve_fields.FRAMEWORKS)}"
@@ -388,7 +377,7 @@ def _read_predictor(
     model_type = model_type.lower()
     key = dict(storage)
     key["model_type"] = {"name": model_type, **({"version": version} if version else {})}
-    return Predictor(
+    return _Predictor(
         model_type=model_type,
         path=path,
         key=json.dumps(key, sort_keys=True, separators=(",", ":"), ensure_ascii=False),

@@ -1,7 +1,7 @@
 """Models laid out as files: one folder or one file is one model, its name is the model's name.
 
 ``models/iris/model.onnx``, ``models/iris/3/model.onnx`` (the highest number is taken) and
-``models/digits.skops`` each become what an InferenceService with a ``file://`` URI would be. The
+``models/digits.skops`` each become an InferenceService with a ``file://`` URI. The
 format is told by the file's ending. The size and change time of the files are part of what the
 model is, so that replacing one is a changed spec: the new one is loaded before it is switched to.
 
@@ -11,15 +11,14 @@ the path, and what to do: usually, write a manifest.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mesh.core.errors import InvalidArgument
-from mesh.core.names import check_model_id
-from mesh.manifest import API_VERSION, REVISION, Annotated, AppliedModel, Predictor, applied_model
+from mesh.core.names import check_model_id, is_resource_name
+from mesh.manifest import ANY_NAME, API_VERSION, REVISION, AppliedModel, parse_resource
 
 FORMAT_OF_ENDING: Final[dict[str, str]] = {
     ".onnx": "onnx",
@@ -54,41 +53,37 @@ def looks_like_model(path: Path) -> bool:
 
 def model_from_path(path: Path, *, now_ms: int = 0) -> AppliedModel:
     """One model's folder or file as what applying it means."""
+    return parse_resource(resource_from_path(path), now_ms=now_ms)
+
+
+def resource_from_path(path: Path) -> dict[str, Any]:
+    """One model's folder or file as the InferenceService that says the same."""
     path = path.absolute()
     if not path.exists():
         raise InvalidArgument(f"{path}: expected a model's folder or file; found nothing")
     if path.is_dir():
-        name = check_model_id(path.name, f"{path}: the folder's name")
+        name = path.name
         artifact, model_type = _look_into(path)
     else:
-        name = check_model_id(path.stem, f"{path}: the file's name")
+        name = path.stem
         artifact, model_type = path, _format_of(path)
         if not model_type:
             raise InvalidArgument(f"{path}: {_expected_endings()}; found {path.suffix or 'none'}")
-    uri = artifact.as_uri()
-    size_bytes, stamp = _stamp(artifact)
-    resource = {
+    annotations = {REVISION: _stamp(artifact)}
+    if not is_resource_name(name):
+        check_model_id(name, f"{path}: the name")
+        annotations[ANY_NAME] = "true"
+    model = {"modelFormat": {"name": model_type}, "storageUri": artifact.as_uri()}
+    return {
         "apiVersion": API_VERSION,
         "kind": "InferenceService",
-        "metadata": {"name": name, "annotations": {REVISION: stamp}},
-        "spec": {"predictor": {"model": {"modelFormat": {"name": model_type}, "storageUri": uri}}},
+        "metadata": {"name": name, "annotations": annotations},
+        "spec": {"predictor": {"model": model}},
     }
-    what = Predictor(
-        model_type=model_type,
-        path=uri,
-        key=json.dumps(
-            {"disk_size_bytes": size_bytes, "model_type": {"name": model_type}},
-            sort_keys=True,
-            separators=(",", ":"),
-        ),
-        min_copies=0,
-        identity={"model_type": model_type, "storageUri": uri, "revision": stamp},
-    )
-    return applied_model(name, "", resource, what=what, about=Annotated(), labels={}, now_ms=now_ms)
 
 
 def _look_into(folder: Path) -> tuple[Path, str]:
-    """The folder that holds the artifact (itself, or its highest numbered child), and the format."""
+    """(the folder of the artifact: this one, or its highest numbered child; the format)"""
     model_type = _format_in(folder)
     if model_type:
         return folder, model_type
@@ -145,8 +140,8 @@ def _files(artifact: Path) -> Iterator[Path]:
         yield from (Path(base) / name for name in sorted(names) if not name.startswith("."))
 
 
-def _stamp(artifact: Path) -> tuple[int, str]:
-    """(total bytes, a text that changes when a file is added, taken away or written)"""
+def _stamp(artifact: Path) -> str:
+    """A text that changes when a file is added, taken away or written."""
     total_bytes, latest_ns, count = 0, 0, 0
     for file in _files(artifact):
         count += 1
@@ -158,7 +153,7 @@ def _stamp(artifact: Path) -> tuple[int, str]:
             continue
         total_bytes += seen.st_size
         latest_ns = max(latest_ns, seen.st_mtime_ns)
-    return total_bytes, f"{count}-{total_bytes}-{latest_ns}"
+    return f"{count}-{total_bytes}-{latest_ns}"
 
 
 def _expected_endings() -> str:

@@ -39,11 +39,16 @@ def concrete_model_id(name: str, source: Source, predictor_spec: Mapping[str, An
     return f"{name}__{source}-{digest[:10]}"
 
 
+def is_resource_name(name: str) -> bool:
+    """Whether Kubernetes allows ``name`` for an object."""
+    return len(name) <= _SUBDOMAIN_MAX_CHARS and _SUBDOMAIN.fullmatch(name) is not None
+
+
 def check_resource_name(name: object, where: str) -> str:
     """``name`` as Kubernetes allows it for an object. ``where`` is the field's path."""
     if not isinstance(name, str):
         raise InvalidArgument(f"{where}: expected a string, found {type(name).__name__}")
-    if len(name) > _SUBDOMAIN_MAX_CHARS or not _SUBDOMAIN.fullmatch(name):
+    if not is_resource_name(name):
         raise InvalidArgument(
             f"{where}: expected lower-case letters, digits, '-' and '.', starting and ending with "
             f"a letter or digit, at most {_SUBDOMAIN_MAX_CHARS} characters; found {_show(name)}"
