@@ -44,7 +44,6 @@ from mesh.store.etcd_rpc import (
     Compacted,
     EtcdOptions,
     EtcdRpc,
-    EtcdStream,
     LeaseExists,
 )
 from protos import etcd_pb2
@@ -223,8 +222,15 @@ class EtcdStore:
         answers may be ahead of events that are still to come.
         """
         timeout_s = self._rpc.options.call_timeout_ms / 1_000
-        async with self._rpc.stream(WATCH, f"the watch of {prefix!r}") as stream:
-            await self._create_watch(stream, prefix, start_revision, timeout_s)
+        request = self._watch_request(prefix, start_revision)
+        async with self._rpc.stream(WATCH, request, f"the watch of {prefix!r}") as stream:
+            created = await stream.read(timeout_s)
+            if created.canceled:
+                _raise_cancelled(created)
+            if created.header.revision < start_revision - 1:
+                # This etcd knows less than we have seen: another one, or restored from a backup
+                # (or a member that lags, whose range then waits until it has caught up).
+                raise Compacted("etcd's revision went backwards")
             pending: list[Any] = []
             while True:
                 reply = await stream.read(timeout_s if pending else None)
@@ -241,9 +247,7 @@ class EtcdStore:
                 elif reply.header.revision >= start_revision:
                     yield Changes((), reply.header.revision)
 
-    async def _create_watch(
-        self, stream: EtcdStream, prefix: str, start_revision: int, timeout_s: float
-    ) -> None:
+    def _watch_request(self, prefix: str, start_revision: int) -> etcd_pb2.WatchRequest:
         start, end = self._keys.span(prefix)
         create = etcd_pb2.WatchCreateRequest(
             key=start,
@@ -252,14 +256,7 @@ class EtcdStore:
             progress_notify=True,
             fragment=True,
         )
-        await stream.write(etcd_pb2.WatchRequest(create_request=create))
-        created = await stream.read(timeout_s)
-        if created.canceled:
-            _raise_cancelled(created)
-        if created.header.revision < start_revision - 1:
-            # This etcd knows less than we have seen: another one, or one restored from a backup
-            # (or a member that lags, whose range then waits until it has caught up).
-            raise Compacted("etcd's revision went backwards")
+        return etcd_pb2.WatchRequest(create_request=create)
 
     async def close(self) -> None:
         for lease in self._leases:

@@ -102,7 +102,7 @@ class EtcdLease:
         """
         timeout_s = min(self._rpc.options.call_timeout_ms, self._ttl_ms) / 1_000
         what = f"renewing lease {self._lease_id:x}"
-        async with self._rpc.stream(LEASE_KEEP_ALIVE, what) as stream:
-            await stream.write(etcd_pb2.LeaseKeepAliveRequest(ID=self._lease_id))
+        request = etcd_pb2.LeaseKeepAliveRequest(ID=self._lease_id)
+        async with self._rpc.stream(LEASE_KEEP_ALIVE, request, what) as stream:
             reply = await stream.read(timeout_s)
             return int(reply.TTL)

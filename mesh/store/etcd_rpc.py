@@ -248,22 +248,22 @@ class _Endpoint:
             raise StoreUnavailable("the store client is closed") from None
 
 
-class EtcdStream:
-    """One bidirectional call: write, read with a time-out, and the end of it as an error."""
+async def _only(request: Any) -> AsyncIterator[Any]:
+    """The one request of a stream that then stays open: etcd ends a half-closed one.
 
-    def __init__(self, rpc: EtcdRpc, call: Any, what: str, endpoint: str) -> None:
-        self._rpc = rpc
+    Not ``call.write``: in grpcio that waits for ever when the call is cancelled as it starts.
+    """
+    yield request
+    await asyncio.Event().wait()
+
+
+class EtcdStream:
+    """The answers of one bidirectional call, each with a time-out; its end is an error."""
+
+    def __init__(self, call: Any, what: str, endpoint: str) -> None:
         self._call = call
         self._what = what
         self._endpoint = endpoint
-
-    async def write(self, message: Any) -> None:
-        try:
-            await self._call.write(message)
-        except grpc.aio.AioRpcError as error:
-            raise meaning_of(error, self._what, self._endpoint) from error
-        except asyncio.InvalidStateError:
-            await self._raise_end()
 
     async def read(self, timeout_s: float | None = None) -> Any:
         """The next message. Raises StoreUnavailable when the stream has ended or is silent."""
@@ -393,7 +393,7 @@ class EtcdRpc:
             raise StoreUnavailable("the store client is closed") from None
 
     @asynccontextmanager
-    async def stream(self, method: Method, what: str) -> AsyncIterator[EtcdStream]:
+    async def stream(self, method: Method, request: Any, what: str) -> AsyncIterator[EtcdStream]:
         """An open stream to one member, cancelled at the end. Failures make that member avoided."""
         endpoint = self._choose()
         call: Any = None
@@ -401,9 +401,10 @@ class EtcdRpc:
             metadata = await self._metadata(endpoint) or []
             await endpoint.connect(self.options.connect_timeout_ms / 1_000)
             # A member that has lost its leader ends the stream instead of keeping it silent.
-            call = endpoint.callables[method.path](metadata=[*metadata, ("hasleader", "true")])
+            metadata.append(("hasleader", "true"))
+            call = endpoint.callables[method.path](_only(request), metadata=metadata)
             self._open_calls.add(call)
-            yield EtcdStream(self, call, what, endpoint.address)
+            yield EtcdStream(call, what, endpoint.address)
         except _TokenRefused as error:
             self._token = ""
             raise StoreUnavailable(str(error)) from error
