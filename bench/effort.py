@@ -1,0 +1,23 @@
+"""How long a benchmark measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """``pairs``: interleaved rounds. ``seconds``: length of one run. ``scale``: share of the sizes
+    of what is counted rather than timed (registered models, requests of a storm)."""
+
+    pairs: int
+    seconds: float
+    scale: float = 1.0
+
+    def scaled(self, count: int, least: int = 1) -> int:
+        return max(least, int(count * self.scale))
+
+
+SMOKE = Effort(pairs=1, seconds=0.05, scale=0.01)  # does it run at all; the numbers mean nothing
+USUAL = Effort(pairs=7, seconds=0.5)
+FULL = Effort(pairs=15, seconds=1.5)
