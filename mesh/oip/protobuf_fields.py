@@ -1,14 +1,16 @@
 """Where the fields of a serialised protobuf message lie, without parsing what is in them.
 
-Pure byte work, for the codec's cache of messages that differ only in their tensors' bytes. Never
-raises on bad bytes: it answers None, and the real parser then says what is wrong.
+Pure byte work: for the codec's memory of messages that differ only in their tensors' bytes, and
+for a look at a model file's size.
 """
 
 from __future__ import annotations
 
+import mmap
+
 
 def top_level_fields(message: bytes, limit: int) -> list[tuple[int, int, int]] | None:
-    """Where the top-level fields of a protobuf message lie: (number, content start, content end).
+    """Where the top-level fields lie: (number, content start, content end).
 
     None when a field is not length-delimited, there are more than ``limit``, or the bytes are no
     message: the caller then takes the general way.
@@ -17,8 +19,8 @@ def top_level_fields(message: bytes, limit: int) -> list[tuple[int, int, int]] |
     at, end = 0, len(message)
     try:
         while at < end:
-            key, at = _varint(message, at)
-            length, at = _varint(message, at)
+            key, at = read_varint(message, at)
+            length, at = read_varint(message, at)
             if key & 7 != 2 or len(fields) >= limit or at + length > end:
                 return None
             fields.append((key >> 3, at, at + length))
@@ -28,7 +30,8 @@ def top_level_fields(message: bytes, limit: int) -> list[tuple[int, int, int]] |
     return fields
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def read_varint(data: bytes | mmap.mmap, at: int) -> tuple[int, int]:
+    """(value, the place behind it); IndexError when it does not end."""
     value = shift = 0
     while True:
         byte = data[at]

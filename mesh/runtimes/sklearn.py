@@ -1,0 +1,291 @@
+"""scikit-learn models: skops files; joblib and pickle files only where the operator allows them.
+
+Follows MLServer: an input of any name is accepted, ``predict`` answers unless ``predict_proba``
+is asked for by name, and a flat answer is a column (``[n, 1]``). Several inputs are the model's
+named features. scikit-learn and skops are imported by the first load.
+
+A joblib or pickle file runs whatever code its author put in; a skops file cannot, as long as it
+holds trusted types only, so untrusted ones are refused by name. Nothing is trusted by its
+package's name: numpy and scikit-learn have functions that run code, too. Fails with
+``LoadFailed`` (FAILED_PRECONDITION) for a corrupt, refused or unsuitable file.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from mesh.core.errors import (
+    Code,
+    Internal,
+    InvalidArgument,
+    LoadFailed,
+    MeshError,
+    ResourceExhausted,
+)
+from mesh.oip.datatypes import datatype_name
+from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
+from mesh.runtimes.native_memory import NativeHeap
+
+PLATFORM: Final = "sklearn"
+SKOPS_SUFFIX: Final = ".skops"
+PICKLE_SUFFIXES: Final = (".joblib", ".pickle", ".pkl")
+
+# The first that is there is loaded; skops first, since it needs nobody's permission.
+_STEM: Final = "model"
+# Outputs in the order of preference; the first that the estimator has is the default.
+_METHODS: Final = ("predict", "predict_proba", "transform")
+# Python objects and their dictionaries weigh more than what they are stored as.
+_CONTENT_FACTOR: Final = 1.5
+_OBJECT_BYTES: Final = 128 * 1024
+
+
+class SklearnModel:
+    """One fitted estimator or pipeline. Predicting does not change it, so threads may share it."""
+
+    __slots__ = ("_default", "_estimator", "_feature_names", "_heap", "metadata", "size_bytes")
+
+    def __init__(self, estimator: Any, size_bytes: int, heap: NativeHeap) -> None:
+        self.metadata = _metadata(estimator)
+        self.size_bytes = size_bytes
+        self._estimator = estimator
+        self._heap = heap
+        self._default = (self.metadata.outputs[0].name,)
+        names = getattr(estimator, "feature_names_in_", None)
+        self._feature_names = None if names is None else [str(name) for name in names]
+
+    def infer(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], parameters: Mapping[str, Any]
+    ) -> list[Tensor]:
+        features = self._features(inputs)
+        answers: list[Tensor] = []
+        for name in outputs or self._default:
+            method = getattr(self._estimator, name)
+            try:
+                with warnings.catch_warnings():
+                    # "X does not have valid feature names": the protocol has no names for columns.
+                    warnings.simplefilter("ignore", UserWarning)
+                    answer = method(features)
+            except (ValueError, TypeError) as error:
+                raise InvalidArgument(f"scikit-learn refused the input: {_line(error)}") from None
+            except MemoryError as error:
+                raise ResourceExhausted(f"out of memory in {name}: {_line(error)}") from None
+            except Exception as error:
+                raise Internal(f"scikit-learn failed in {name}: {_line(error)}") from None
+            answers.append(_tensor(name, answer))
+        return answers
+
+    def unload(self) -> None:
+        self._estimator = None
+        self._heap.released(self.size_bytes)
+
+    def _features(self, inputs: Mapping[str, Array]) -> Array:
+        if len(inputs) == 1:
+            return _numbers_or_text(next(iter(inputs.values())))
+        names = self._feature_names
+        if names is None or set(names) != set(inputs):
+            wanted = f"its features {names}" if names else "one input"
+            raise InvalidArgument(f"the model takes {wanted}; the request has {sorted(inputs)}")
+        columns = [_numbers_or_text(inputs[name]).reshape(-1, 1) for name in names]
+        if len({len(column) for column in columns}) > 1:
+            sizes = {name: len(column) for name, column in zip(names, columns, strict=True)}
+            raise InvalidArgument(f"the features must have equally many rows; found {sizes}")
+        return np.hstack(columns)
+
+
+class SklearnRuntime:
+    """Loads ``model.skops``, or ``model.joblib|pickle|pkl`` where that is allowed."""
+
+    model_types = ("sklearn",)
+
+    def __init__(
+        self,
+        *,
+        allow_pickle: bool = False,
+        trusted_types: Sequence[str] = (),
+        heap: NativeHeap | None = None,
+    ) -> None:
+        self._allow_pickle = allow_pickle
+        self._trusted_types = tuple(trusted_types)
+        self._heap = heap or NativeHeap()
+
+    def predict_size_bytes(self, spec: ModelSpec) -> int:
+        return _predicted_bytes(_content_bytes(model_file(spec), spec))
+
+    def load(self, spec: ModelSpec) -> SklearnModel:
+        path = model_file(spec)
+        if path.suffix in PICKLE_SUFFIXES and not self._allow_pickle:
+            raise LoadFailed(
+                f"model {spec.model_id!r}: {path.name} is a pickle, which runs code when it is "
+                f"loaded. Save the model with skops ({_STEM}{SKOPS_SUFFIX}), or, if you trust "
+                f"everybody who can register a model, let the operator start the instance with "
+                f"--allow-pickle (MESH_ALLOW_PICKLE=1)"
+            )
+        content_bytes = _content_bytes(path, spec)
+        import joblib
+        import sklearn.base
+        import skops.io
+
+        with self._heap.measure() as growth:
+            try:
+                if path.suffix == SKOPS_SUFFIX:
+                    estimator = self._load_skops(skops.io, path, spec)
+                else:
+                    estimator = joblib.load(path)
+            except MeshError:
+                raise
+            except MemoryError:
+                raise LoadFailed(
+                    f"model {spec.model_id!r}: out of memory while loading {path.name}",
+                    code=Code.UNAVAILABLE,
+                ) from None
+            except Exception as error:
+                # A hostile or corrupt file can raise anything at all.
+                raise LoadFailed(
+                    f"model {spec.model_id!r}: {path.name} cannot be loaded: "
+                    f"{type(error).__name__}: {_line(error)}"
+                ) from None
+        if not isinstance(estimator, sklearn.base.BaseEstimator) or not _methods(estimator):
+            raise LoadFailed(
+                f"model {spec.model_id!r}: {path.name} holds a {type(estimator).__name__}, "
+                f"not a scikit-learn estimator with one of {', '.join(_METHODS)}"
+            )
+        # Small Python objects do not show on the C heap: never less than what was stored.
+        predicted = _predicted_bytes(content_bytes)
+        measured = predicted if growth.bytes_ is None else growth.bytes_ + _OBJECT_BYTES
+        size_bytes = min(max(measured, content_bytes + _OBJECT_BYTES), 2 * predicted)
+        return SklearnModel(estimator, size_bytes, self._heap)
+
+    def _load_skops(self, skops_io: Any, path: Path, spec: ModelSpec) -> Any:
+        untrusted = set(skops_io.get_untrusted_types(file=path)) - set(self._trusted_types)
+        if untrusted:
+            raise LoadFailed(
+                f"model {spec.model_id!r}: {path.name} holds types that are not trusted: "
+                f"{', '.join(sorted(untrusted)[:10])}. Build the model of scikit-learn's own "
+                f"parts, or let the operator trust them"
+            )
+        return skops_io.load(path, trusted=list(self._trusted_types))
+
+
+def model_file(spec: ModelSpec) -> Path:
+    """The file to load; raises LoadFailed when there is none or more than one could be meant."""
+    path = spec.path
+    suffixes = (SKOPS_SUFFIX, *PICKLE_SUFFIXES)
+    if path.is_file():
+        if path.suffix in suffixes:
+            return path
+        raise LoadFailed(
+            f"model {spec.model_id!r}: {path.name} has none of the suffixes {', '.join(suffixes)}"
+        )
+    if not path.is_dir():
+        raise LoadFailed(f"model {spec.model_id!r}: there is no file or folder at {path.name!r}")
+    for suffix in suffixes:
+        if (path / (_STEM + suffix)).is_file():
+            return path / (_STEM + suffix)
+    candidates = sorted(entry for entry in path.iterdir() if entry.suffix in suffixes)
+    if len(candidates) == 1:
+        return candidates[0]
+    found = ", ".join(entry.name for entry in candidates[:5]) or "none"
+    raise LoadFailed(
+        f"model {spec.model_id!r}: the folder has no {_STEM}{SKOPS_SUFFIX} and not exactly one "
+        f"other model file ({', '.join(suffixes)}); found {found}"
+    )
+
+
+def _content_bytes(path: Path, spec: ModelSpec) -> int:
+    """How large the model's content is, unpacked where it is packed."""
+    try:
+        if path.suffix == SKOPS_SUFFIX:
+            with zipfile.ZipFile(path) as archive:
+                return sum(entry.file_size for entry in archive.infolist())
+        return path.stat().st_size
+    except zipfile.BadZipFile as error:
+        raise LoadFailed(
+            f"model {spec.model_id!r}: {path.name} is no skops file: {_line(error)}"
+        ) from None
+    except OSError as error:
+        raise LoadFailed(
+            f"model {spec.model_id!r}: {path.name} cannot be read: {error.strerror or error}",
+            code=Code.UNAVAILABLE,
+        ) from None
+
+
+def _predicted_bytes(content_bytes: int) -> int:
+    return round(content_bytes * _CONTENT_FACTOR) + _OBJECT_BYTES
+
+
+def _methods(estimator: Any) -> list[str]:
+    # hasattr raises in some meta-estimators that were never fitted; that is no method, either.
+    found = []
+    for name in _METHODS:
+        try:
+            if callable(getattr(estimator, name)):
+                found.append(name)
+        except Exception:  # noqa: S112
+            continue
+    return found
+
+
+def _metadata(estimator: Any) -> ModelMetadata:
+    columns = getattr(estimator, "n_features_in_", None)
+    width = int(columns) if columns is not None else -1
+    classes = getattr(estimator, "classes_", None)
+    outputs: list[TensorSpec] = []
+    for name in _methods(estimator):
+        kind, shape = "FP64", (-1, -1)
+        if name == "predict":
+            shape = (-1, 1)
+            if isinstance(classes, np.ndarray):
+                kind = _datatype(classes)
+        elif name == "predict_proba" and isinstance(classes, np.ndarray):
+            shape = (-1, len(classes))
+        outputs.append(TensorSpec(name, kind, shape))
+    return ModelMetadata(
+        platform=PLATFORM,
+        versions=(),
+        inputs=(TensorSpec("predict", "FP64", (-1, width)),),
+        outputs=tuple(outputs),
+        accepts_any_input=True,
+    )
+
+
+def _datatype(array: Array) -> str:
+    return "BYTES" if array.dtype.kind == "O" else datatype_name(array.dtype) or "FP64"
+
+
+def _tensor(name: str, answer: Any) -> Tensor:
+    if hasattr(answer, "toarray"):  # sparse, from a transformer
+        answer = answer.toarray()
+    array: Array = np.asarray(answer)
+    if array.ndim == 1:
+        array = array.reshape(-1, 1)
+    kind = _datatype(array)
+    if kind != "BYTES":
+        return Tensor(name, kind, array)
+    encoded = np.empty(array.shape, dtype=object)
+    flat = encoded.ravel()
+    for index, element in enumerate(array.ravel().tolist()):
+        flat[index] = element if isinstance(element, bytes) else str(element).encode()
+    return Tensor(name, "BYTES", encoded)
+
+
+def _numbers_or_text(array: Array) -> Array:
+    if array.dtype.kind != "O":
+        return array
+    text = np.empty(array.shape, dtype=object)
+    flat = text.ravel()
+    for index, element in enumerate(array.ravel().tolist()):
+        try:
+            flat[index] = element.decode() if isinstance(element, bytes) else element
+        except UnicodeDecodeError:
+            raise InvalidArgument(f"element {index} of the input is not UTF-8") from None
+    return text
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
