@@ -22,10 +22,11 @@ from mesh.core.errors import (
     MeshError,
 )
 from mesh.wire import frames, messages
-from mesh.wire.connection import Buffer, Connection, Stream
 from mesh.wire.frames import ErrorCode, pack_header
 from mesh.wire.head import RequestHead
 from mesh.wire.messages import Metadata
+from mesh.wire.outbound import Outbound
+from mesh.wire.stream import Buffer, Stream
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class ServerCall(Stream):
 
     __slots__ = ("_finished", "_headers_sent", "cancelled", "head", "limit", "on_cancel")
 
-    def __init__(self, conn: Connection, stream_id: int, head: RequestHead, limit: int) -> None:
+    def __init__(self, conn: Outbound, stream_id: int, head: RequestHead, limit: int) -> None:
         super().__init__(conn, stream_id)
         self.head = head
         self.limit = limit
@@ -176,7 +177,7 @@ class UnaryCall(ServerCall):
 
     def __init__(
         self,
-        conn: Connection,
+        conn: Outbound,
         stream_id: int,
         head: RequestHead,
         limit: int,
@@ -232,7 +233,7 @@ class StreamCall(ServerCall):
 
     __slots__ = ("_assembler", "_ended", "_error", "_inbox", "_pending", "_reader", "_writer")
 
-    def __init__(self, conn: Connection, stream_id: int, head: RequestHead, limit: int) -> None:
+    def __init__(self, conn: Outbound, stream_id: int, head: RequestHead, limit: int) -> None:
         super().__init__(conn, stream_id, head, limit)
         self._assembler = messages.Assembler(limit, head.encoding)
         self._inbox: deque[bytes] = deque()

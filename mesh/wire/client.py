@@ -12,12 +12,13 @@ from typing import Final
 
 from mesh.core.errors import Code, MeshError
 from mesh.wire import hpack, messages
-from mesh.wire.connection import Buffer, Connection, Stream
 from mesh.wire.frames import ErrorCode
 from mesh.wire.head import Field, ReplyHead, format_timeout
 from mesh.wire.limits import INSIDE, Limits
 from mesh.wire.messages import Metadata
+from mesh.wire.outbound import Outbound
 from mesh.wire.peer import Peer
+from mesh.wire.stream import Buffer, Stream
 
 _STATIC: Final = hpack.encode([(b":method", b"POST"), (b":scheme", b"http")])
 _CONSTANT: Final = hpack.encode([(b"te", b"trailers"), (b"content-type", b"application/grpc")])
@@ -52,7 +53,7 @@ class _Call(Stream):
 
     __slots__ = ("_assembler", "_limit", "ended", "error", "inbox", "initial", "pending", "waiters")
 
-    def __init__(self, conn: Connection, stream_id: int, limit: int) -> None:
+    def __init__(self, conn: Outbound, stream_id: int, limit: int) -> None:
         super().__init__(conn, stream_id)
         self._limit = limit
         self._assembler = messages.Assembler(limit, b"identity")
@@ -229,10 +230,10 @@ class Channel:
             self._prefixes[path] = prefix
         return prefix
 
-    async def _connection(self, timeout_s: float | None) -> Connection:
-        ready: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+    async def _connection(self, timeout_s: float | None) -> Outbound:
+        ready: asyncio.Future[Outbound] = asyncio.get_running_loop().create_future()
 
-        def on_ready(conn: Connection | None, reason: str) -> None:
+        def on_ready(conn: Outbound | None, reason: str) -> None:
             if ready.done():
                 return
             if conn is None:

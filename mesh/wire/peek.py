@@ -8,7 +8,6 @@ at hand reach.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
 from typing import Final
 
 from mesh.core.errors import Internal, InvalidArgument, MeshError, Unimplemented
@@ -18,16 +17,11 @@ _NAME_TAG: Final = 0x0A  # field 1, length-delimited
 _WBITS: Final = {b"gzip": 31, b"deflate": 15}
 
 
-@dataclass(frozen=True, slots=True)
-class Peeked:
-    """``name`` is None while more bytes are needed. ``whole`` tells that the entire message was
-    looked at, so that no later field can change the name."""
+Peeked = tuple[str | None, bool]
+"""(name, or None while more bytes are needed; whether the entire message was looked at, so that no
+later field can change the name)"""
 
-    name: str | None
-    whole: bool
-
-
-_MORE: Final = Peeked(None, whole=False)
+_MORE: Final[Peeked] = (None, False)
 
 
 def peek_model_name(data: bytes, encoding: bytes, limit: int, *, ended: bool) -> Peeked:
@@ -57,7 +51,7 @@ def peek_model_name(data: bytes, encoding: bytes, limit: int, *, ended: bool) ->
     if name is None:
         return _MORE
     try:
-        return Peeked(name.decode("utf-8"), whole)
+        return name.decode("utf-8"), whole
     except UnicodeDecodeError:
         raise InvalidArgument("model_name is not UTF-8") from None
 
@@ -93,9 +87,13 @@ def _scan(data: bytes, position: int, end: int) -> bytes | None:
             size = data[position]
             position += 1
             if size >= 0x80:
-                size, position = _varint(data, position - 1, have)
-                if position < 0:
-                    return name
+                if position < have and data[position] < 0x80:  # two octets: up to 16 KiB
+                    size += (data[position] << 7) - 0x80
+                    position += 1
+                else:
+                    size, position = _varint(data, position - 1, have)
+                    if position < 0:
+                        return name
             if position + size > end:
                 raise _broken()
             if tag == _NAME_TAG:

@@ -13,9 +13,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from mesh.wire.connection import Connection, Stream
+from mesh.wire.connection import Connection
 from mesh.wire.head import RequestHead
 from mesh.wire.limits import INSIDE, Limits
+from mesh.wire.outbound import Outbound
+from mesh.wire.stream import Stream
 from mesh.wire.transport import Link, Pump, connect, pump_of
 
 _CONNECT_TIMEOUT_S: Final = 3.0
@@ -25,7 +27,7 @@ _WAITING_MAX: Final = 8_192
 _BACKOFF_START_S: Final = 0.02
 _BACKOFF_MAX_S: Final = 2.0
 
-OnReady = Callable[[Connection | None, str], None]
+OnReady = Callable[[Outbound | None, str], None]
 
 
 class Peer:
@@ -41,7 +43,7 @@ class Peer:
         self.address = address
         self.limits = limits
         self._ssl_context = ssl_context
-        self.current: Connection | None = None  # where the next stream goes, if it still can
+        self.current: Outbound | None = None  # where the next stream goes, if it still can
         self._links: list[Link] = []
         self._waiting: deque[OnReady] = deque()
         self._connecting: asyncio.Task[None] | None = None
@@ -69,7 +71,7 @@ class Peer:
                 loop = asyncio.get_running_loop()
                 self._connecting = loop.create_task(self._connect(pump_of(loop)))
 
-    def usable(self) -> Connection | None:
+    def usable(self) -> Outbound | None:
         """A connection that can open a stream now."""
         conn = self.current
         if conn is not None and conn.can_open:
@@ -109,7 +111,7 @@ class Peer:
         self._refuse_until_s = time.monotonic() + self._backoff_s
         self._answer(None, reason)
 
-    def _answer(self, conn: Connection | None, reason: str) -> None:
+    def _answer(self, conn: Outbound | None, reason: str) -> None:
         waiting, self._waiting = self._waiting, deque()
         for on_ready in waiting:
             if conn is not None and not conn.can_open:
@@ -128,11 +130,11 @@ class Peer:
 
     # Owner of the connections.
     def new_stream(
-        self, conn: Connection, stream_id: int, head: RequestHead, end: bool
+        self, conn: Outbound, stream_id: int, head: RequestHead, end: bool
     ) -> Stream | None:
         return None  # a server opens no streams
 
-    def on_settings(self, conn: Connection) -> None:
+    def on_settings(self, conn: Outbound) -> None:
         if self.closed:
             return
         self._backoff_s = 0.0
@@ -140,14 +142,14 @@ class Peer:
         self.current = conn
         self._answer(conn, "")
 
-    def on_goaway(self, conn: Connection) -> None:
+    def on_goaway(self, conn: Outbound) -> None:
         """New calls go to a new connection; this one closes when its last call has ended."""
         if self.current is conn:
             self.current = None
         if not conn.streams:
             self._close_link_of(conn)
 
-    def _close_link_of(self, conn: Connection) -> None:
+    def _close_link_of(self, conn: Outbound) -> None:
         for link in self._links:
             if link.conn is conn:
                 link.close()
@@ -166,7 +168,7 @@ class Peer:
             else:
                 link.conn.start_drain()
 
-    def stream_ended(self, conn: Connection) -> None:
+    def stream_ended(self, conn: Outbound) -> None:
         """A call on ``conn`` has ended: a connection on its way out closes with its last call."""
         if (self.closed or conn.going_away) and not conn.streams and not conn.closed:
             self._close_link_of(conn)

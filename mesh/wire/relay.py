@@ -18,12 +18,13 @@ from typing import Any, Final, Protocol
 
 from mesh.core.errors import DeadlineExceeded, Internal, InvalidArgument, MeshError, Unavailable
 from mesh.wire import hpack, messages
-from mesh.wire.connection import Buffer, Connection, Stream
 from mesh.wire.frames import ErrorCode
 from mesh.wire.head import ReplyHead, RequestHead, format_timeout
 from mesh.wire.limits import INSIDE, Limits
+from mesh.wire.outbound import Outbound
 from mesh.wire.peek import peek_model_name
 from mesh.wire.peer import Peer
+from mesh.wire.stream import Buffer, Stream
 
 _CANCELLED: Final = 1
 _UNAVAILABLE: Final = 14
@@ -118,7 +119,7 @@ class RelayCall(Stream):
         "started_s",
     )
 
-    def __init__(self, conn: Connection, stream_id: int, head: RequestHead, relay: Relay) -> None:
+    def __init__(self, conn: Outbound, stream_id: int, head: RequestHead, relay: Relay) -> None:
         super().__init__(conn, stream_id)
         self.head = head
         self.context: Any = None
@@ -209,7 +210,7 @@ class RelayCall(Stream):
         data = held[0] if len(held) == 1 else b"".join(held)
         relay = self._relay
         try:
-            peeked = peek_model_name(
+            name, whole = peek_model_name(
                 data,
                 self.head.encoding,
                 relay.limits.max_message_bytes,
@@ -218,7 +219,7 @@ class RelayCall(Stream):
         except MeshError as error:
             self._end_unrouted(error)
             return
-        if peeked.name is None:
+        if name is None:
             if len(data) >= relay.limits.stream_window_bytes:
                 self._end_unrouted(
                     InvalidArgument(
@@ -228,8 +229,8 @@ class RelayCall(Stream):
                 )
             return
         self._peeking = False
-        self.model_name = peeked.name
-        self.peeked_whole = peeked.whole
+        self.model_name = name
+        self.peeked_whole = whole
         self._routed = True
         relay.dispatcher.route(self)
 
@@ -279,7 +280,7 @@ class RelayCall(Stream):
             self._start(conn, upstream, model_id_field)
             return
 
-        def on_ready(ready: Connection | None, _reason: str) -> None:
+        def on_ready(ready: Outbound | None, _reason: str) -> None:
             if self._finished:
                 upstream.inflight -= 1
             elif ready is None:
@@ -290,7 +291,7 @@ class RelayCall(Stream):
 
         upstream.acquire(on_ready)
 
-    def _start(self, conn: Connection, upstream: Upstream, model_id_field: bytes) -> None:
+    def _start(self, conn: Outbound, upstream: Upstream, model_id_field: bytes) -> None:
         """Open the stream to the instance and send what has been held."""
         head = self.head
         up = RelayUp(conn, conn._next_stream, self, upstream)
@@ -383,9 +384,7 @@ class RelayUp(Stream):
 
     __slots__ = ("call", "sent", "upstream")
 
-    def __init__(
-        self, conn: Connection, stream_id: int, call: RelayCall, upstream: Upstream
-    ) -> None:
+    def __init__(self, conn: Outbound, stream_id: int, call: RelayCall, upstream: Upstream) -> None:
         super().__init__(conn, stream_id)
         self.call = call
         self.upstream = upstream
@@ -512,7 +511,7 @@ class Relay:
         self.budget = HeldBudget(limits.max_buffered_bytes_total)
 
     def new_stream(
-        self, conn: Connection, stream_id: int, head: RequestHead, end: bool
+        self, conn: Outbound, stream_id: int, head: RequestHead, end: bool
     ) -> Stream | None:
         """``Server`` calls this for a path that none of its methods has."""
         call = RelayCall(conn, stream_id, head, self)

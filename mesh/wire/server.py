@@ -26,10 +26,12 @@ from mesh.wire.calls import (
     Unary,
     UnaryCall,
 )
-from mesh.wire.connection import Connection, Stream
+from mesh.wire.connection import Connection
 from mesh.wire.head import RequestHead
 from mesh.wire.limits import PUBLIC, Limits
 from mesh.wire.messages import Metadata
+from mesh.wire.outbound import Outbound
+from mesh.wire.stream import Stream
 from mesh.wire.transport import Link, Pump, pump_of
 
 __all__ = [
@@ -50,7 +52,7 @@ class Fallback(Protocol):
     """Takes calls whose path no method has (a relay)."""
 
     def new_stream(
-        self, conn: Connection, stream_id: int, head: RequestHead, end: bool
+        self, conn: Outbound, stream_id: int, head: RequestHead, end: bool
     ) -> Stream | None: ...
 
 
@@ -168,14 +170,14 @@ class Server:
     def _on_down(self, link: Link, _reason: str) -> None:
         self._links.discard(link)
 
-    def on_goaway(self, conn: Connection) -> None:
+    def on_goaway(self, conn: Outbound) -> None:
         """A client that goes away finishes what it has; nothing to do."""
 
-    def on_settings(self, conn: Connection) -> None:
+    def on_settings(self, conn: Outbound) -> None:
         """Windows are adjusted by the connection itself."""
 
     def new_stream(
-        self, conn: Connection, stream_id: int, head: RequestHead, end: bool
+        self, conn: Outbound, stream_id: int, head: RequestHead, end: bool
     ) -> Stream | None:
         if not head.content_type.startswith(b"application/grpc") or head.method != b"POST":
             return self._not_grpc(conn, stream_id, head, end)
@@ -203,7 +205,7 @@ class Server:
             stream.on_data(b"", True)
         return stream
 
-    def _not_grpc(self, conn: Connection, stream_id: int, head: RequestHead, end: bool) -> Stream:
+    def _not_grpc(self, conn: Outbound, stream_id: int, head: RequestHead, end: bool) -> Stream:
         stream = HttpErrorStream(conn, stream_id)
         conn.add(stream, remote_closed=end)
         stream.answer(405 if head.method != b"POST" else 415)
@@ -211,7 +213,7 @@ class Server:
 
     def _refuse(
         self,
-        conn: Connection,
+        conn: Outbound,
         stream_id: int,
         head: RequestHead,
         end: bool,

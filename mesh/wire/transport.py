@@ -18,8 +18,10 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
-from mesh.wire.connection import Buffer, Connection
+from mesh.wire.connection import Connection
 from mesh.wire.frames import ErrorCode
+from mesh.wire.outbound import Outbound
+from mesh.wire.stream import Buffer
 
 _READ_BYTES: Final = 256 * 1024
 _SMALL_READ_BYTES: Final = 16 * 1024
@@ -38,19 +40,21 @@ class Pump:
         self.dirty: list[Link] = []
         self.links: set[Link] = set()
         self._scheduled = False
+        self.reading = False  # inside a read: its end flushes, in this same turn of the loop
         self._buffers: list[bytearray] = [bytearray(_READ_BYTES)]
         self._timer: asyncio.TimerHandle | None = None
         self._ticks = 0
 
     def mark(self, link: Link) -> None:
         self.dirty.append(link)
-        if not self._scheduled:
+        if not self.reading and not self._scheduled:
             self._scheduled = True
             self.loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """Write what every connection has queued."""
         self._scheduled = False
+        self.reading = False
         dirty, self.dirty = self.dirty, []
         for link in dirty:
             link.flush()
@@ -137,7 +141,7 @@ class Link(asyncio.BufferedProtocol):
         if self._on_up is not None:
             self._on_up(self)
 
-    def _mark(self, _conn: Connection) -> None:
+    def _mark(self, _conn: Outbound) -> None:
         self.pump.mark(self)
 
     def get_buffer(self, _sizehint: int) -> bytearray:
@@ -150,7 +154,10 @@ class Link(asyncio.BufferedProtocol):
             data = bytes(memoryview(self._buffer)[:count])
         else:
             data = memoryview(self._buffer)[:count]
+        pump = self.pump
+        pump.reading = True
         self.conn.receive(data, time.monotonic())
+        pump.flush()
         if self.conn.closed:
             self._finish()
 

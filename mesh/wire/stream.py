@@ -1,0 +1,170 @@
+"""One stream of an HTTP/2 connection, and what stands behind a connection.
+
+Streams are objects of the owner's making, so that a relay or a handler *is* the stream: no event
+objects, no queue between. See ``mesh.wire.connection``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final, Protocol
+
+from mesh.wire import frames
+from mesh.wire.frames import ErrorCode, pack_header
+from mesh.wire.head import ReplyHead, RequestHead
+
+if TYPE_CHECKING:
+    from mesh.wire.outbound import Outbound
+
+Buffer = bytes | memoryview
+
+# Received bytes are given back to the peer's windows in steps of this many.
+CREDIT_STEP: Final = 32 * 1024
+_NEVER: Final = float("inf")
+
+
+class Stream:
+    """One stream. Owners subclass it and override the ``on_*`` methods.
+
+    ``queue`` holds what the peer's windows did not let through yet, in order: data, and last an
+    end marker (trailers, or an empty END_STREAM).
+    """
+
+    __slots__ = (
+        "conn",
+        "deadline_s",
+        "empty_frames",
+        "id",
+        "local_closed",
+        "progress_s",
+        "queue",
+        "queued_bytes",
+        "recv_credit",
+        "recv_window",
+        "remote_closed",
+        "send_window",
+    )
+
+    def __init__(self, conn: Outbound, stream_id: int) -> None:
+        self.conn = conn
+        self.id = stream_id
+        self.send_window = conn.peer_initial_window
+        self.recv_window = conn.stream_window
+        self.recv_credit = 0
+        self.remote_closed = False
+        self.local_closed = False
+        self.queue: deque[Buffer | End] | None = None
+        self.queued_bytes = 0
+        self.empty_frames = 0
+        self.deadline_s = _NEVER
+        self.progress_s = conn.now_s
+
+    # What the owner overrides.
+    def on_data(self, data: Buffer, end: bool) -> None:
+        """Part of a DATA frame. ``data`` of a large read is a view: valid as long as it is held."""
+        raise NotImplementedError
+
+    def on_reply(self, head: ReplyHead, end: bool) -> None:
+        """Client side: initial headers (``end`` False) or trailers (True)."""
+        raise NotImplementedError
+
+    def on_trailers(self, head: ReplyHead) -> None:
+        """Server side: the request ended with trailers. gRPC has none: they are dropped."""
+        self.on_data(b"", True)
+
+    def on_reset(self, code: int) -> None:
+        """The peer, or we for a rule that it broke, ended this stream; it is gone already."""
+        raise NotImplementedError
+
+    def on_lost(self, reason: str) -> None:
+        """The connection is gone."""
+        self.on_reset(ErrorCode.CANCEL)
+
+    def on_drained(self, sent: int) -> None:
+        """``sent`` queued bytes have left."""
+
+    def on_deadline(self) -> None:
+        """``deadline_s`` has passed."""
+
+    # What the owner calls.
+    def consume(self, count: int) -> None:
+        """``count`` received bytes were passed on: give the peer that much window again."""
+        self.recv_credit += count
+        if self.recv_credit >= CREDIT_STEP and not self.remote_closed:
+            self.conn.control(frames.window_update(self.id, self.recv_credit))
+            self.recv_window += self.recv_credit
+            self.recv_credit = 0
+
+    def grow_window(self, size: int) -> None:
+        """Let the peer have ``size`` bytes under way on this stream."""
+        if not self.remote_closed and size > self.recv_window + self.recv_credit:
+            self.consume(size - self.recv_window - self.recv_credit)
+
+    def send_headers(self, block: bytes, end: bool) -> None:
+        self.conn.send_headers(self, block, end)
+
+    def send_data(self, data: Buffer, end: bool) -> bool:
+        """Send what the windows allow and queue the rest.
+
+        True when all of it left without being queued; else ``on_drained`` tells, now or later, of
+        every byte that leaves.
+        """
+        conn = self.conn
+        size = len(data)
+        if (
+            self.queue is None
+            and size <= self.send_window
+            and size <= conn.send_window
+            and size <= conn.peer_max_frame
+            and conn.writable
+        ):
+            self.send_window -= size
+            conn.send_window -= size
+            out = conn.out
+            out.append(pack_header(size >> 8, size & 0xFF, frames.DATA, 1 if end else 0, self.id))
+            if size:
+                out.append(data)
+            if not conn.dirty:
+                conn.mark_dirty()
+            if end:
+                conn.close_local(self)
+            return True
+        return conn.enqueue(self, data, end)
+
+    def send_trailers(self, block: bytes) -> None:
+        """A header block that ends the stream, behind whatever is queued."""
+        if self.queue is None:
+            self.conn.send_headers(self, block, True)
+        else:
+            self.queue.append(End(block))
+
+    def reset(self, code: int) -> None:
+        """End the stream now, both ways. The owner is not called."""
+        self.conn.reset(self, code)
+
+
+class End:
+    """End of a stream behind queued data: trailers, or an END_STREAM of no bytes."""
+
+    __slots__ = ("block",)
+
+    def __init__(self, block: bytes | None) -> None:
+        self.block = block
+
+
+class Owner(Protocol):
+    """What stands behind a connection."""
+
+    def new_stream(
+        self, conn: Outbound, stream_id: int, head: RequestHead, end: bool
+    ) -> Stream | None:
+        """Server side: a request has come. None refuses it (REFUSED_STREAM)."""
+        ...
+
+    def on_goaway(self, conn: Outbound) -> None:
+        """The peer takes no new streams on this connection."""
+        ...
+
+    def on_settings(self, conn: Outbound) -> None:
+        """The peer's settings are known (its first SETTINGS frame has come, or changed)."""
+        ...
