@@ -1,0 +1,413 @@
+"""`mesh up`, `mesh router`, `mesh instance`: command lines turned into settings, and run.
+
+The environment is read here and nowhere else: every flag of the two servers has a variable
+MESH_<FLAG>, and the standard AWS variables are handed to the puller. Mesh's own words for a wrong
+setting become a usage error (exit 2), which `mesh up` takes as "a restart cannot help".
+"""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from mesh.cli.exits import CommandError, Exit
+from mesh.cli.quantities import parse_duration_ms, parse_size
+
+COMMANDS: Final = ("up", "router", "instance")
+
+
+class LogLevel(str, Enum):  # noqa: UP042 - typer shows the values of a str enum
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+def size_bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def duration_ms(text: str) -> int:
+    try:
+        return parse_duration_ms(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def endpoints(texts: list[str]) -> tuple[str, ...]:
+    """``HOST:PORT`` of each, from repeated and comma-separated values. Raises CommandError."""
+    found: list[str] = []
+    for text in filter(None, (part.strip() for value in texts for part in value.split(","))):
+        if text.startswith("https://"):
+            raise CommandError(f"--etcd {text}: TLS towards etcd is not supported", Exit.USAGE)
+        endpoint = text.removeprefix("http://").rstrip("/")
+        host, _, port = endpoint.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+            raise CommandError(f"--etcd {text}: write HOST:PORT[,HOST:PORT...]", Exit.USAGE)
+        found.append(endpoint)
+    return tuple(found)
+
+
+def _env(name: str) -> str:
+    return f"MESH_{name}"
+
+
+Port = Annotated[int, typer.Option(min=0, max=65_535)]
+EtcdOption = Annotated[
+    list[str] | None,
+    typer.Option("--etcd", envvar=_env("ETCD"), metavar="HOST:PORT,...", help="etcd's endpoints."),
+]
+PrefixOption = Annotated[
+    str, typer.Option(envvar=_env("PREFIX"), help="First part of every key in etcd.")
+]
+NamespaceOption = Annotated[
+    str, typer.Option(envvar=_env("NAMESPACE"), help="Second part: one mesh each.")
+]
+MetricsHostOption = Annotated[
+    str, typer.Option(envvar=_env("METRICS_HOST"), help="Where /metrics and /readyz listen.")
+]
+MetricsPortOption = Annotated[
+    int, typer.Option(min=0, max=65_535, envvar=_env("METRICS_PORT"), help="0: any free port.")
+]
+LogLevelOption = Annotated[LogLevel, typer.Option(envvar=_env("LOG_LEVEL"))]
+TlsCertOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert", envvar=_env("SERVER_TLS_CERT"), metavar="FILE", help="Listen with TLS."
+    ),
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option("--tls-key", envvar=_env("SERVER_TLS_KEY"), metavar="FILE")
+]
+TlsClientCaOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-client-ca",
+        envvar=_env("SERVER_TLS_CLIENT_CA"),
+        metavar="FILE",
+        help="Only clients with a certificate of these authorities.",
+    ),
+]
+CapacityOption = Annotated[
+    Any,
+    typer.Option(
+        parser=size_bytes, metavar="SIZE", envvar=_env("CAPACITY"), help="Memory for models."
+    ),
+]
+FileRootOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--file-root",
+        metavar="DIR",
+        help="file:// URIs are allowed below this folder; repeatable.",
+    ),
+]
+AllowPickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        envvar=_env("ALLOW_PICKLE"),
+        help="Load joblib and pickle files. They can run any code: only from who you trust.",
+    ),
+]
+StorageConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--storage-config",
+        envvar=_env("STORAGE_CONFIG"),
+        metavar="DIR",
+        help="KServe's storage-config: a folder with one JSON file a storage key.",
+    ),
+]
+CacheSizeOption = Annotated[
+    Any,
+    typer.Option(
+        parser=size_bytes,
+        metavar="SIZE",
+        envvar=_env("CACHE_SIZE"),
+        help="Disk for fetched artifacts.",
+    ),
+]
+MessageSizeOption = Annotated[
+    Any,
+    typer.Option(
+        "--max-message-size",
+        parser=size_bytes,
+        metavar="SIZE",
+        envvar=_env("MAX_MESSAGE_SIZE"),
+        help="The largest request or reply.",
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(up)
+    app.command()(router)
+    app.command()(instance)
+
+
+def up(
+    instances: Annotated[int, typer.Option(min=1, max=1000, help="Serving pods.")] = 2,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep in step with this folder of manifests, or of models."
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="State that outlives a restart, and logs.")
+    ] = Path(".mesh"),
+    host: Annotated[str, typer.Option(help="Where gRPC, REST and metrics listen.")] = "127.0.0.1",
+    grpc_port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="The routers' gRPC; 0: any free port.")
+    ] = 8033,
+    rest_port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="The routers' REST; 0: any free port.")
+    ] = 8008,
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=65_535,
+            help="First of the metrics ports: routers, then instances; 0: any free ones.",
+        ),
+    ] = 2112,
+    etcd: Annotated[
+        list[str] | None,
+        typer.Option("--etcd", metavar="ENDPOINTS", help="Use this etcd; none is started."),
+    ] = None,
+    capacity: Annotated[
+        Any,
+        typer.Option(parser=size_bytes, metavar="SIZE", help="Each instance's memory for models."),
+    ] = "1GiB",
+    routers: Annotated[
+        int, typer.Option(min=1, max=64, help="Router processes, all on the same ports.")
+    ] = 1,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_client_ca: TlsClientCaOption = None,
+    file_root: FileRootOption = None,
+    allow_pickle: AllowPickleOption = False,
+    storage_config: StorageConfigOption = None,
+    cache_size: CacheSizeOption = "20GiB",
+    max_message_size: MessageSizeOption = "16MiB",
+    prefix: PrefixOption = "mesh",
+    namespace: NamespaceOption = "default",
+    log_level: LogLevelOption = LogLevel.info,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show every line of the children.")
+    ] = False,
+) -> None:
+    """A whole mesh on this machine: etcd, routers and instances, watched over until Ctrl-C."""
+    from mesh.cli.up_front import CommandLineFront
+    from mesh.up.layout import UpRefused
+    from mesh.up.run import run_up
+    from mesh.up.settings import UpSettings
+
+    check_tls(tls_cert, tls_key, tls_client_ca)
+    check_folders(file_root, storage_config)
+    message_flags = ("--max-message-size", str(max_message_size))
+    settings = UpSettings(
+        data_dir=data_dir,
+        instances=instances,
+        routers=routers,
+        models=models,
+        host=host,
+        grpc_port=grpc_port,
+        rest_port=rest_port,
+        metrics_port=metrics_port,
+        etcd=endpoints(etcd or []),
+        prefix=prefix,
+        namespace=namespace,
+        capacity_bytes=capacity,
+        file_roots=tuple(file_root or ()),
+        router_flags=(
+            *_flag("--tls-cert", tls_cert),
+            *_flag("--tls-key", tls_key),
+            *_flag("--tls-client-ca", tls_client_ca),
+            *message_flags,
+        ),
+        instance_flags=(
+            *(("--allow-pickle",) if allow_pickle else ()),
+            *_flag("--storage-config", storage_config),
+            *("--cache-size", str(cache_size)),
+            *message_flags,
+        ),
+        log_level=log_level.value,
+        verbose=verbose,
+    )
+    try:
+        status = run_up(settings, CommandLineFront(tls_cert, tls_key))
+    except UpRefused as error:
+        raise CommandError(str(error)) from error
+    raise typer.Exit(status)
+
+
+def router(
+    etcd: EtcdOption = None,
+    host: Annotated[str, typer.Option(envvar=_env("HOST"))] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(min=0, max=65_535, envvar=_env("GRPC_PORT"))] = 8033,
+    rest_port: Annotated[int, typer.Option(min=0, max=65_535, envvar=_env("REST_PORT"))] = 8008,
+    metrics_host: MetricsHostOption = "127.0.0.1",
+    metrics_port: MetricsPortOption = 2112,
+    prefix: PrefixOption = "mesh",
+    namespace: NamespaceOption = "default",
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_client_ca: TlsClientCaOption = None,
+    max_message_size: MessageSizeOption = "16MiB",
+    log_level: LogLevelOption = LogLevel.info,
+) -> None:
+    """One router, against an etcd that is already there."""
+    raise NotImplementedError
+
+
+def instance(
+    etcd: EtcdOption = None,
+    host: Annotated[
+        str, typer.Option(envvar=_env("INSTANCE_HOST"), help="Where routers reach it.")
+    ] = "127.0.0.1",
+    grpc_port: Annotated[
+        int, typer.Option(min=0, max=65_535, envvar=_env("INSTANCE_PORT"), help="0: any free port.")
+    ] = 0,
+    advertise: Annotated[
+        str,
+        typer.Option(
+            envvar=_env("ADVERTISE"), metavar="HOST", help="What routers connect to, if not --host."
+        ),
+    ] = "",
+    metrics_host: MetricsHostOption = "127.0.0.1",
+    metrics_port: MetricsPortOption = 0,
+    capacity: CapacityOption = "1GiB",
+    prefix: PrefixOption = "mesh",
+    namespace: NamespaceOption = "default",
+    name: Annotated[
+        str, typer.Option(envvar=_env("INSTANCE_NAME"), help="Start of the instance's id.")
+    ] = "instance",
+    zone: Annotated[str, typer.Option(envvar=_env("ZONE"))] = "",
+    label: Annotated[
+        list[str] | None, typer.Option("--label", metavar="LABEL", help="Repeatable.")
+    ] = None,
+    file_root: FileRootOption = None,
+    allow_pickle: AllowPickleOption = False,
+    storage_config: StorageConfigOption = None,
+    cache_dir: Annotated[
+        Path, typer.Option(envvar=_env("CACHE_DIR"), metavar="DIR", help="For fetched artifacts.")
+    ] = Path(".mesh/cache/instance"),
+    cache_size: CacheSizeOption = "20GiB",
+    load_timeout: Annotated[
+        Any,
+        typer.Option(
+            parser=duration_ms,
+            metavar="DURATION",
+            envvar=_env("LOAD_TIMEOUT"),
+            help="A load that takes longer has failed.",
+        ),
+    ] = "3m",
+    load_slots: Annotated[
+        int, typer.Option(min=1, max=64, envvar=_env("LOAD_SLOTS"), help="Loads at once.")
+    ] = 2,
+    threads: Annotated[
+        int, typer.Option(min=1, max=1024, envvar=_env("THREADS"), help="Inferences at once.")
+    ] = 4,
+    max_message_size: MessageSizeOption = "16MiB",
+    log_level: LogLevelOption = LogLevel.info,
+) -> None:
+    """One serving pod, against an etcd that is already there."""
+    from dataclasses import replace
+
+    from mesh.core.policy import Policy
+    from mesh.instance.settings import InstanceSettings
+    from mesh.wire.limits import INSIDE
+    from puller.settings import PullerSettings
+
+    check_folders(file_root, storage_config)
+    roots = [root.resolve() for root in (file_root or environment_roots())]
+    try:
+        settings = InstanceSettings(
+            puller=PullerSettings(
+                cache_dir=cache_dir,
+                cache_capacity_bytes=cache_size,
+                file_roots=tuple(roots),
+                storage_config_dir=storage_config,
+                aws_env={k: v for k, v in os.environ.items() if k.startswith("AWS_")},
+            ),
+            host=host,
+            port=grpc_port,
+            advertised_host=advertise,
+            metrics_host=metrics_host,
+            metrics_port=metrics_port,
+            capacity_bytes=capacity,
+            etcd_endpoints=endpoints(etcd or ["127.0.0.1:2379"]),
+            prefix=prefix,
+            namespace=namespace,
+            name=name,
+            allow_pickle=allow_pickle,
+            inference_threads=threads,
+            zone=zone,
+            labels=tuple(label or ()),
+            software_version=software_version(),
+            policy=replace(Policy(), load_timeout_ms=load_timeout, load_slots=load_slots),
+            limits=replace(INSIDE, max_message_bytes=max_message_size),
+        )
+    except ValueError as error:
+        raise CommandError(str(error), Exit.USAGE) from error
+    raise NotImplementedError(settings)
+
+
+def check_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> None:
+    if (cert is None) != (key is None):
+        raise CommandError("--tls-cert and --tls-key go together", Exit.USAGE)
+    if client_ca is not None and cert is None:
+        raise CommandError("--tls-client-ca needs --tls-cert and --tls-key", Exit.USAGE)
+    for flag, path in (
+        ("--tls-cert", cert),
+        ("--tls-key", key),
+        ("--tls-client-ca", client_ca),
+    ):
+        if path is not None and not path.is_file():
+            raise CommandError(f"{flag} {path}: no such file", Exit.USAGE)
+
+
+def check_folders(file_roots: list[Path] | None, storage_config: Path | None) -> None:
+    for root in file_roots or ():
+        if not root.is_dir():
+            raise CommandError(f"--file-root {root}: no such folder", Exit.USAGE)
+    if storage_config is not None and not storage_config.is_dir():
+        raise CommandError(f"--storage-config {storage_config}: no such folder", Exit.USAGE)
+
+
+def environment_roots() -> list[Path]:
+    """MESH_FILE_ROOTS, folders separated by ``:`` as in PATH."""
+    text = os.environ.get(_env("FILE_ROOTS"), "")
+    return [Path(part) for part in text.split(os.pathsep) if part]
+
+
+def software_version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("modelmesh-py")
+    except metadata.PackageNotFoundError:
+        return "0+sources"
+
+
+def set_up_logging(level: LogLevel) -> None:
+    """Lines on stderr; `mesh up` looks for the level's name in them."""
+    import logging
+
+    logging.basicConfig(
+        level=level.value.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+def _flag(name: str, value: Path | None) -> tuple[str, ...]:
+    return () if value is None else (name, str(value.resolve()))

@@ -1,0 +1,140 @@
+"""The client's side of `mesh up`: what it applies by, and the request that a person can paste.
+
+It goes through the router's public address as any client would.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+from mesh.cli.connection import Connection, Target
+from mesh.cli.exits import CommandError, Exit
+from mesh.cli.quantities import format_size
+from mesh.folder_sync import Applied, Applier, SyncRefused, SyncUnavailable
+from protos import oip_pb2
+
+_METADATA: Final = "/inference.GRPCInferenceService/ModelMetadata"
+# Registering is a few writes in etcd.
+_APPLY_TIMEOUT_S: Final = 30.0
+# A model's metadata may mean to load it first; a longer wait than this holds up the ready line.
+_METADATA_TIMEOUT_S: Final = 20.0
+# A request that does not fit on a screen is not for pasting.
+_ELEMENTS_MAX: Final = 64
+
+
+class MeshApplier:
+    """``mesh.folder_sync.Applier`` over one connection that is opened when first needed."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+
+    def apply(self, manifest_json: str) -> Applied:
+        try:
+            reply = self._connect().apply(manifest_json, load_now=False, timeout_s=_APPLY_TIMEOUT_S)
+        except CommandError as error:
+            raise _sync_error(error) from error
+        return Applied(reply.name, reply.action, tuple(reply.warnings))
+
+    def delete(self, name: str) -> None:
+        try:
+            self._connect().delete(name, timeout_s=_APPLY_TIMEOUT_S)
+        except CommandError as error:
+            raise _sync_error(error) from error
+
+    def _connect(self) -> Connection:
+        with self._lock:
+            if self._connection is None:
+                self._connection = Connection(self._target)
+            return self._connection
+
+
+def _sync_error(error: CommandError) -> SyncRefused | SyncUnavailable:
+    transient = error.exit_code in (Exit.UNREACHABLE, Exit.TIMED_OUT) or error.message.startswith(
+        ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED")
+    )
+    return SyncUnavailable(error.message) if transient else SyncRefused(error.message)
+
+
+class CommandLineFront:
+    """``mesh.up.run.Front``. With TLS, the router's own certificate is trusted and shown."""
+
+    def __init__(self, tls_cert: Path | None, tls_key: Path | None) -> None:
+        self._tls_cert = tls_cert
+        self._tls_key = tls_key
+
+    def _target(self, address: str) -> Target:
+        return Target(
+            address,
+            tls=self._tls_cert is not None,
+            tls_ca=self._tls_cert,
+            tls_cert=self._tls_cert,
+            tls_key=self._tls_key,
+        )
+
+    def applier(self, address: str) -> Applier:
+        return MeshApplier(self._target(address))
+
+    def capacity_text(self, capacity_bytes: int) -> str:
+        return format_size(capacity_bytes)
+
+    def request_to_paste(self, grpc: str, rest: str, model: str | None) -> str:
+        if self._tls_cert is not None:
+            curl = f"curl -s --cacert {shlex.quote(str(self._tls_cert))} https://{rest}"
+        else:
+            curl = f"curl -s http://{rest}"
+        body = self._example(grpc, model) if model is not None else None
+        if body is None:
+            return (
+                "Nothing is registered yet: `mesh apply -f FILE`, or --models DIR. Ask:\n"
+                f"  {curl}/v2\n"
+                if model is None
+                else f"Ask for its models:\n  mesh --address {grpc} get models\n"
+            )
+        return (
+            "A request to paste:\n"
+            f"  {curl}/v2/models/{model}/infer -d {shlex.quote(json.dumps(body))}\n"
+        )
+
+    def _example(self, grpc: str, model: str) -> dict[str, Any] | None:
+        """A request of the right shape; None when the model does not tell or is too large."""
+        try:
+            with Connection(self._target(grpc)) as connection:
+                reply = connection.call(
+                    _METADATA,
+                    oip_pb2.ModelMetadataRequest(name=model).SerializeToString(),
+                    timeout_s=_METADATA_TIMEOUT_S,
+                )
+        except CommandError:
+            return None
+        return example_request(oip_pb2.ModelMetadataResponse.FromString(reply))
+
+
+def example_request(metadata: oip_pb2.ModelMetadataResponse) -> dict[str, Any] | None:
+    """A v2 body with one small value for every element; open dimensions are 1."""
+    inputs: list[dict[str, Any]] = []
+    for tensor in metadata.inputs:
+        shape = [size if size > 0 else 1 for size in tensor.shape]
+        count = 1
+        for size in shape:
+            count *= size
+        if count > _ELEMENTS_MAX:
+            return None
+        data = [_value(tensor.datatype, at) for at in range(count)]
+        inputs.append(
+            {"name": tensor.name, "shape": shape, "datatype": tensor.datatype, "data": data}
+        )
+    return {"inputs": inputs} if inputs else None
+
+
+def _value(datatype: str, at: int) -> Any:
+    if datatype == "BYTES":
+        return "text"
+    if datatype == "BOOL":
+        return at % 2 == 0
+    return at + 0.5 if datatype.startswith(("FP", "BF")) else at

@@ -1,0 +1,141 @@
+"""`mesh up` from start to end: lock, ports, children, the watched folder, the ready line, signals.
+
+The composition of the parts of this package. What keeps it from starting is ``UpRefused``; what
+goes wrong later is told at the terminal while the rest goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from typing import Final, Protocol
+
+from mesh.folder_sync import Applier, FolderSync
+from mesh.up.assembly import Assembly, assemble
+from mesh.up.layout import DataDir, UpRefused, locked
+from mesh.up.settings import UpSettings
+from mesh.up.supervisor import Supervisor
+from mesh.up.terminal import Terminal
+
+SCAN_PERIOD_S: Final = 1.0
+
+
+class Front(Protocol):
+    """The mesh as a client sees it, made when all is ready; the command line implements it."""
+
+    def applier(self, address: str) -> Applier: ...
+
+    def request_to_paste(self, grpc: str, rest: str, model: str | None) -> str:
+        """A few lines that a person can paste. Never raises; may take seconds."""
+
+    def capacity_text(self, capacity_bytes: int) -> str: ...
+
+
+def run_up(settings: UpSettings, front: Front, terminal: Terminal | None = None) -> int:
+    """Until stopped; the exit status. Raises UpRefused."""
+    if settings.models is not None and not settings.models.is_dir():
+        raise UpRefused(f"--models {settings.models}: no such folder")
+    data_dir = DataDir(settings.data_dir)
+    with locked(data_dir):
+        return asyncio.run(_run(settings, front, data_dir, terminal or Terminal(settings.verbose)))
+
+
+async def _run(settings: UpSettings, front: Front, data_dir: DataDir, terminal: Terminal) -> int:
+    assembly = await asyncio.to_thread(assemble, settings, data_dir)
+    if assembly.etcd is not None and assembly.etcd.caution:
+        terminal.write(f"note: {assembly.etcd.caution}")
+    terminal.write(f"starting {_parts(settings, assembly)}; logs in {data_dir.logs}/")
+    supervisor = Supervisor(assembly.commands, terminal)
+    _handle_signals(supervisor)
+    announce = asyncio.create_task(
+        _when_ready(settings, front, data_dir, terminal, supervisor, assembly)
+    )
+    try:
+        clean = await supervisor.run()
+    finally:
+        announce.cancel()
+        await asyncio.gather(announce, return_exceptions=True)
+    terminal.write("stopped")
+    return 0 if clean else 1
+
+
+def _handle_signals(supervisor: Supervisor) -> None:
+    loop = asyncio.get_running_loop()
+    asked = False
+
+    def stop(*, impatient: bool) -> None:
+        nonlocal asked
+        if asked and impatient:
+            supervisor.ask_kill()
+        else:
+            supervisor.ask_stop()
+        asked = True
+
+    loop.add_signal_handler(signal.SIGINT, lambda: stop(impatient=True))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, lambda: stop(impatient=False))
+
+
+async def _when_ready(
+    settings: UpSettings,
+    front: Front,
+    data_dir: DataDir,
+    terminal: Terminal,
+    supervisor: Supervisor,
+    assembly: Assembly,
+) -> None:
+    await supervisor.ready.wait()
+    try:
+        sync = None
+        if settings.models is not None:
+            sync = FolderSync(
+                settings.models,
+                data_dir.folder_state,
+                front.applier(assembly.addresses.grpc),
+                terminal,
+            )
+            await asyncio.to_thread(sync.step)
+        await _announce(settings, front, terminal, assembly, sync)
+        while sync is not None:
+            await asyncio.sleep(SCAN_PERIOD_S)
+            await asyncio.to_thread(sync.step)
+    except Exception as error:
+        # The mesh serves without its folder; that it is not watched any more must be known.
+        terminal.write(f"ERROR: the models folder is not watched any more: {error!r}")
+        raise
+
+
+async def _announce(
+    settings: UpSettings,
+    front: Front,
+    terminal: Terminal,
+    assembly: Assembly,
+    sync: FolderSync | None,
+) -> None:
+    names = sorted(sync.names) if sync is not None else []
+    addresses = assembly.addresses
+    paste = await asyncio.to_thread(
+        front.request_to_paste, addresses.grpc, addresses.rest, names[0] if names else None
+    )
+    registered = f", {len(names)} models from {settings.models}" if sync is not None else ""
+    lines = [
+        f"mesh is ready: gRPC {addresses.grpc}, REST {addresses.rest}{registered}",
+        f"  instances  {settings.instances} x {front.capacity_text(settings.capacity_bytes)}",
+        f"  metrics    {', '.join((*addresses.router_metrics, *addresses.instance_metrics))}",
+        f"  etcd       {', '.join(addresses.etcd)}",
+        f"  data       {settings.data_dir}",
+        "",
+        paste,
+    ]
+    sys.stdout.write("\n".join(lines).rstrip() + "\n")
+    sys.stdout.flush()
+
+
+def _parts(settings: UpSettings, assembly: Assembly) -> str:
+    etcd = f"etcd {assembly.etcd.version_text}, " if assembly.etcd is not None else ""
+    return f"{etcd}{_count(settings.routers, 'router')}, {_count(settings.instances, 'instance')}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
