@@ -21,7 +21,7 @@ from time import monotonic
 from typing import Final
 
 from mesh.core import routing
-from mesh.core.errors import MeshError, NotFound, ResourceExhausted, Unavailable
+from mesh.core.errors import InvalidArgument, MeshError, ResourceExhausted, Unavailable
 from mesh.core.policy import Policy
 from mesh.core.view import ClusterView, Resolved
 from mesh.metrics import RouterMetrics
@@ -92,6 +92,14 @@ class Journey:
         self.misses = 0
         self.waiter: Waiter | None = None
         self.over = False  # the client went away, or the deadline passed, while we were waiting
+
+
+def copy_of(call: Call) -> CopyRoute:
+    """The copy that a call was last forwarded to, for a carrier that has to know more of it."""
+    context = call.context
+    copy = context if type(context) is CopyRoute else context.copy
+    assert copy is not None  # only asked between ``forward`` and the end of that attempt
+    return copy
 
 
 def pick(copies: Sequence[CopyRoute], draw: float) -> CopyRoute:
@@ -348,8 +356,8 @@ class Dispatcher:
         journey = self._journey(call)
         name = call.model_name
         if not name:
-            error = NotFound("the request names no model: set model_name, or an mm-model-id header")
-            self._fail(call, "unknown_model", error)
+            text = "the request names no model: set model_name, or the header mm-model-id"
+            self._fail(call, "unknown_model", InvalidArgument(text))
             return
 
         def known(error: MeshError | None) -> None:

@@ -78,6 +78,7 @@ class Loads:
         self._policy = policy
         self._now_ms = now_ms
         self._flights: dict[str, _Flight] = {}
+        self._unloads: set[asyncio.Task[None]] = set()
         self._waiting = 0
 
     @property
@@ -171,9 +172,9 @@ class Loads:
     async def close(self) -> None:
         """End all waiting with UNAVAILABLE. Loads go on in their instances."""
         tasks = [flight.task for flight in self._flights.values() if flight.task is not None]
-        for task in tasks:
+        for task in (*tasks, *self._unloads):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._unloads, return_exceptions=True)
 
     # ---- single calls, also the leader's ----------------------------------------------------
 
@@ -261,6 +262,22 @@ class Loads:
         )
         self._view.delete_copy(model_id, instance_id)
         return bool(internal.UnloadResponse.FromString(reply.message).was_here)
+
+    def unload_soon(self, model_id: str, instance_ids: Collection[str]) -> None:
+        """Unload copies of a model that was deleted, in the background.
+
+        What fails here is done by the leader's sweep, which unloads copies of no model.
+        """
+        for instance_id in instance_ids:
+            task = asyncio.get_running_loop().create_task(self._try_unload(model_id, instance_id))
+            self._unloads.add(task)
+            task.add_done_callback(self._unloads.discard)
+
+    async def _try_unload(self, model_id: str, instance_id: str) -> None:
+        try:
+            await self.unload(model_id, instance_id)
+        except MeshError as error:
+            log.info("unload %s on %s: %s", model_id, instance_id, error.message)
 
     # ---- a load -----------------------------------------------------------------------------
 

@@ -70,6 +70,21 @@ class NameLookup:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    async def find(self, name: str) -> None:
+        """Return when the view has the name. Raises what ``look_up`` tells."""
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def known(error: MeshError | None) -> None:
+            if told.done():
+                return
+            if error is None:
+                told.set_result(None)
+            else:
+                told.set_exception(error)
+
+        self.look_up(name, known)
+        await told
+
     @staticmethod
     def not_found(name: str) -> NotFound:
         shown = name if len(name) <= registry.MAX_NAME_CHARS else name[:80] + "..."

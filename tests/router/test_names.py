@@ -19,7 +19,7 @@ async def test_an_unknown_model_is_not_found_and_named(world) -> None:
 
 def test_no_name_at_all_says_what_to_do(world) -> None:
     call = world.call("")
-    assert call.error.code is Code.NOT_FOUND
+    assert call.error.code is Code.INVALID_ARGUMENT
     assert "mm-model-id" in call.error.message
 
 
