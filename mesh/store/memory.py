@@ -64,7 +64,7 @@ class MemoryServer:
         self._history_revisions: list[int] = []  # parallel to _history
         self._leases: dict[int, MemoryLease] = {}
         self._next_lease_id = 0x1001
-        self._faults: list[_Fault] = []
+        self._faults: list[_Fault | None] = []  # of the next calls; None: this one works
         self._watchers: set[_Watcher] = set()
         self._clients: list[MemoryStore] = []
         self._open_gate = asyncio.Event()
@@ -108,9 +108,18 @@ class MemoryServer:
             self._drop_lease(lease)
 
     def fail_next(
-        self, count: int = 1, *, applied: bool = False, error: Exception | None = None
+        self,
+        count: int = 1,
+        *,
+        after: int = 0,
+        applied: bool = False,
+        error: Exception | None = None,
     ) -> None:
-        """The next ``count`` calls raise ``error``; with ``applied`` they take effect first."""
+        """The next ``count`` calls raise ``error``; with ``applied`` they take effect first.
+
+        ``after`` so many calls that work. What is scripted already comes before.
+        """
+        self._faults += [None] * after
         for _ in range(count):
             fault = error or StoreUnavailable("scripted fault: the store did not answer in time")
             self._faults.append(_Fault(fault, applied))

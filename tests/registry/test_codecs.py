@@ -1,0 +1,229 @@
+"""Records and keys survive the way into the store and back, and bad ones are named."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.core.errors import InvalidArgument
+from mesh.core.types import (
+    CopyRecord,
+    CopyState,
+    FailureRecord,
+    InstanceRecord,
+    InstanceState,
+    ModelRecord,
+    VModelRecord,
+)
+from mesh.registry import (
+    MAX_NAME_CHARS,
+    Family,
+    Key,
+    Record,
+    RecordError,
+    copies_prefix,
+    copy_key,
+    decode,
+    decode_last_used,
+    encode,
+    encode_last_used,
+    failures_prefix,
+    key_of,
+    model_key,
+    parse_key,
+)
+
+names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=MAX_NAME_CHARS // 4)
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+integers = st.integers(0, 2**53)
+labels = st.dictionaries(texts, texts, max_size=3)
+extras = st.dictionaries(
+    st.sampled_from(["new_field", "later", "x"]),
+    st.one_of(integers, texts, st.lists(integers, max_size=2), st.none()),
+    max_size=2,
+)
+versions = st.integers(1, 3)
+
+models = st.builds(
+    ModelRecord,
+    model_id=names,
+    model_type=texts,
+    path=texts,
+    key=texts,
+    size_bytes_stated=st.none() | integers,
+    size_bytes_measured=st.none() | integers,
+    min_copies=integers,
+    pinned=st.booleans(),
+    max_concurrency=st.none() | integers,
+    load_timeout_ms=st.none() | integers,
+    auto_delete=st.booleans(),
+    labels=labels,
+    created_at_ms=integers,
+    last_used_at_ms=integers,
+    version=versions,
+    extra=extras,
+)
+vmodels = st.builds(
+    VModelRecord,
+    name=names,
+    active_model_id=texts,
+    target_model_id=texts,
+    owner=texts,
+    failed=texts,
+    manifest=texts,
+    updated_at_ms=integers,
+    version=versions,
+    extra=extras,
+)
+instances = st.builds(
+    InstanceRecord,
+    instance_id=names,
+    address=texts,
+    state=st.sampled_from(InstanceState),
+    capacity_bytes=integers,
+    used_bytes=integers,
+    model_types=st.lists(texts, max_size=3).map(tuple),
+    labels=st.lists(texts, max_size=3).map(tuple),
+    zone=texts,
+    version=versions,
+    extra=extras,
+)
+copies = st.builds(
+    CopyRecord,
+    model_id=names,
+    instance_id=names,
+    state=st.sampled_from(CopyState),
+    size_bytes=integers,
+    claimed_at_ms=integers,
+    loaded_at_ms=integers,
+    version=versions,
+    extra=extras,
+)
+failures = st.builds(
+    FailureRecord,
+    model_id=names,
+    instance_id=names,
+    code=st.sampled_from(["UNAVAILABLE", "FAILED_PRECONDITION"]),
+    message=texts,
+    failed_at_ms=integers,
+    expires_at_ms=integers,
+    version=versions,
+    extra=extras,
+)
+
+
+@given(st.one_of(models, vmodels, instances, copies, failures))
+def test_every_record_survives_the_way_there_and_back(record: Record) -> None:
+    assert decode(key_of(record), encode(record)) == record
+
+
+@given(names, names)
+def test_every_name_survives_in_a_key(model_id: str, instance_id: str) -> None:
+    key = copy_key(model_id, instance_id)
+    assert key.isascii() and key.count("/") == 2
+    assert parse_key(key) == Key(Family.COPY, model_id, instance_id)
+    assert key.startswith(copies_prefix(model_id))
+
+
+@given(names, names)
+def test_no_model_lies_under_another_ones_prefix(one: str, other: str) -> None:
+    inside = copy_key(other, "i").startswith(copies_prefix(one))
+    assert inside is (one == other)
+
+
+def test_the_keys_are_those_of_the_architecture() -> None:
+    assert model_key("a/b") == "models/a%2Fb"
+    assert copies_prefix("m") == "copies/m/"
+    assert failures_prefix("m x") == "failures/m%20x/"
+    assert key_of(FailureRecord("m", "i", "UNAVAILABLE", "", 0, 0)) == "failures/m/i"
+    assert key_of(VModelRecord("v", "a", "a")) == "vmodels/v"
+    assert key_of(InstanceRecord("i", "h:1", InstanceState.READY, 1)) == "instances/i"
+    assert parse_key("leader") == Key(Family.LEADER)
+    assert parse_key("lastused/i") == Key(Family.LAST_USED, "i")
+
+
+@pytest.mark.parametrize(
+    "key",
+    "|/|models|models/|models/a/b|copies/a|copies/a/b/c|copies//b|x/y|leader/x|leaderboard|"
+    "demand/onnx".split("|"),
+)
+def test_keys_that_are_not_ours_are_nobodys(key: str) -> None:
+    assert parse_key(key) is None
+    assert decode(key, b"{}") is None
+
+
+def test_a_value_is_compact_and_does_not_repeat_its_key() -> None:
+    record = ModelRecord("m", "onnx", path="s3://b/m")
+    assert orjson.loads(encode(record)) == {
+        "version": 1,
+        "model_type": "onnx",
+        "path": "s3://b/m",
+    }
+
+
+def test_what_a_newer_version_wrote_is_written_back() -> None:
+    stored = b'{"version":2,"state":"LOADED","size_bytes":7,"tier":"gpu","more":{"a":[1]}}'
+    record = decode("copies/m/i", stored)
+    assert isinstance(record, CopyRecord)
+    assert record.extra == {"tier": "gpu", "more": {"a": [1]}}
+    rewritten = orjson.loads(encode(dataclasses.replace(record, size_bytes=8)))
+    assert rewritten == {**orjson.loads(stored), "size_bytes": 8}
+
+
+def test_extra_never_hides_a_field() -> None:
+    record = CopyRecord("m", "i", CopyState.LOADED, extra={"state": "LOADING", "model_id": "x"})
+    assert orjson.loads(encode(record)) == {"version": 1, "state": "LOADED"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("models/m", b"\xff", "models/m: the value is not JSON"),
+        ("models/m", b"", "models/m: the value is not JSON"),
+        ("models/m", b"[1]", "not a JSON object"),
+        ("models/m", b"{}", "models/m: the record lacks model_type"),
+        ("models/m", b'{"model_type":1}', "field 'model_type' is 1: expected text"),
+        ("models/m", b'{"model_type":"a","min_copies":true}', "'min_copies' is True"),
+        ("models/m", b'{"model_type":"a","pinned":1}', "expected true or false"),
+        ("models/m", b'{"model_type":"a","labels":{"a":1}}', "expected an object of texts"),
+        ("models/m", b'{"model_type":"a","max_concurrency":"3"}', "expected a whole number"),
+        ("vmodels/v", b'{"active_model_id":"a"}', "lacks target_model_id"),
+        ("instances/i", b'{"address":"a","state":"GONE","capacity_bytes":1}', "'state' is 'GONE'"),
+        (
+            "instances/i",
+            b'{"address":"a","state":"READY","capacity_bytes":1,"model_types":"onnx"}',
+            "expected a list of texts",
+        ),
+        ("copies/m/i", b'{"state":[]}', "copies/m/i: field 'state'"),
+        (
+            "failures/m/i",
+            b'{"code":"OOPS","message":"","failed_at_ms":1,"expires_at_ms":1}',
+            "'OOPS' is no code",
+        ),
+    ],
+)
+def test_a_bad_value_is_named(key: str, value: bytes, message: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        decode(key, value)
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["", "a" * (MAX_NAME_CHARS + 1), "\ud800"])
+def test_a_name_that_cannot_be_a_key_is_refused(name: str) -> None:
+    with pytest.raises(InvalidArgument):
+        model_key(name)
+
+
+@given(st.dictionaries(names, integers, max_size=5))
+def test_last_uses_survive(last_used_at_ms: dict[str, int]) -> None:
+    assert decode_last_used("i", encode_last_used(last_used_at_ms)) == last_used_at_ms
+
+
+@pytest.mark.parametrize("value", [b"", b"[]", b'{"m":"x"}', b'{"m":null}'])
+def test_bad_last_uses_are_named(value: bytes) -> None:
+    with pytest.raises(RecordError, match="lastused/i"):
+        decode_last_used("i", value)
