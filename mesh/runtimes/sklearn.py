@@ -5,8 +5,9 @@ is asked for by name, and a flat answer is a column (``[n, 1]``). Several inputs
 named features. scikit-learn and skops are imported by the first load.
 
 A joblib or pickle file runs whatever code its author put in; a skops file cannot, as long as it
-holds trusted types only, so untrusted ones are refused by name. Nothing is trusted by its
-package's name: numpy and scikit-learn have functions that run code, too. Fails with
+holds trusted types only, so untrusted ones are refused by name. Trusted are skops' own list and
+the classes below, each by its full name; no package as a whole, since numpy and scikit-learn have
+functions that run code, too. Fails with
 ``LoadFailed`` (FAILED_PRECONDITION) for a corrupt, refused or unsuitable file.
 """
 
@@ -38,6 +39,35 @@ PICKLE_SUFFIXES: Final = (".joblib", ".pickle", ".pkl")
 
 # The first that is there is loaded; skops first, since it needs nobody's permission.
 _STEM: Final = "model"
+# Fitted state of common estimators that skops does not list: plain data with no code of its own.
+TRUSTED_TYPES: Final = (
+    "sklearn.tree._tree.Tree",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+    "sklearn.calibration._CalibratedClassifier",
+    "sklearn.calibration._SigmoidCalibration",
+    *(
+        f"sklearn.neural_network._stochastic_optimizers.{name}"
+        for name in ("AdamOptimizer", "SGDOptimizer")
+    ),
+    *(
+        f"sklearn.metrics._dist_metrics.{name}Distance{bits}"
+        for name in ("Euclidean", "Manhattan", "Minkowski", "Chebyshev")
+        for bits in (32, 64)
+    ),
+    *(
+        f"sklearn.neighbors.{module}.{name}{bits}"
+        for module, name in (("_kd_tree", "KDTree"), ("_ball_tree", "BallTree"))
+        for bits in ("", "32", "64")
+    ),
+    *(
+        f"sklearn.gaussian_process.kernels.{name}"
+        for name in (
+            *("ConstantKernel", "WhiteKernel", "RBF", "Matern", "RationalQuadratic"),
+            *("ExpSineSquared", "DotProduct", "Product", "Sum", "Exponentiation"),
+        )
+    ),
+)
+
 # Outputs in the order of preference; the first that the estimator has is the default.
 _METHODS: Final = ("predict", "predict_proba", "transform")
 # Python objects and their dictionaries weigh more than what they are stored as.
@@ -111,7 +141,7 @@ class SklearnRuntime:
         heap: NativeHeap | None = None,
     ) -> None:
         self._allow_pickle = allow_pickle
-        self._trusted_types = tuple(trusted_types)
+        self._trusted_types = (*TRUSTED_TYPES, *trusted_types)
         self._heap = heap or NativeHeap()
 
     def predict_size_bytes(self, spec: ModelSpec) -> int:
@@ -226,7 +256,7 @@ def _methods(estimator: Any) -> list[str]:
         try:
             if callable(getattr(estimator, name)):
                 found.append(name)
-        except Exception:  # noqa: S112
+        except Exception:
             continue
     return found
 
