@@ -56,37 +56,84 @@ class Connection(Control):
         position, end = 0, len(data)
         if self._data_left and end:
             position = self._data_payload(data, 0, end)
+        streams, heads, client = self.streams, self._heads, self.client
+        max_frame = self.limits.max_frame_bytes
         while end - position >= 9:
             high, low, kind, flags, stream_id = unpack_header(data, position)
             length = high << 8 | low
-            if length > self.limits.max_frame_bytes:
+            if length > max_frame:
                 raise ProtocolError(
                     ErrorCode.FRAME_SIZE_ERROR, f"frame of {length} bytes is over the limit"
                 )
+            start = position + 9
+            following = start + length
+            # The hit path: a whole DATA frame without padding on an open stream, and a reply's
+            # header block that is cached. Everything else takes the long way.
+            if kind == 0 and following <= end and not flags & 8:
+                stream = streams.get(stream_id)
+                if (
+                    stream is not None
+                    and 0 < length <= stream.recv_window
+                    and length <= self.recv_window
+                    and not stream.remote_closed
+                    and self._continued is None
+                ):
+                    self.recv_window -= length
+                    self._recv_credit += length
+                    stream.recv_window -= length
+                    position = following
+                    if flags & 1:
+                        stream.remote_closed = True
+                        if stream.local_closed:
+                            del streams[stream_id]
+                        stream.on_data(data[start:following], True)
+                    else:
+                        stream.on_data(data[start:following], False)
+                    if self.closed:
+                        return
+                    continue
+            elif kind == 1 and client and following <= end and flags & 0x2C == 4:
+                stream = streams.get(stream_id)
+                head = heads.get(bytes(data[start:following]))
+                if (
+                    stream is not None
+                    and head is not None
+                    and not stream.remote_closed
+                    and self._continued is None
+                ):
+                    position = following
+                    if flags & 1:
+                        stream.remote_closed = True
+                        if stream.local_closed:
+                            del streams[stream_id]
+                        stream.on_reply(head, True)  # type: ignore[arg-type]
+                    else:
+                        stream.on_reply(head, False)  # type: ignore[arg-type]
+                    if self.closed:
+                        return
+                    continue
             if self._continued is not None and kind != frames.CONTINUATION:
                 raise ProtocolError(
                     ErrorCode.PROTOCOL_ERROR,
                     "a header block is not complete: CONTINUATION expected",
                 )
-            if stream_id > frames.MAX_STREAM_ID:  # the reserved bit is to be ignored
-                stream_id &= frames.MAX_STREAM_ID
+            stream_id &= frames.MAX_STREAM_ID  # the reserved bit is to be ignored
             if kind == 0:  # DATA may be cut: its payload is passed on as it comes
-                if flags & frames.PADDED and end - position == 9:
+                if flags & frames.PADDED and end == start:
                     break  # the pad length is not here yet
-                position = self._data_frame(data, position + 9, end, length, flags, stream_id)
+                position = self._data_frame(data, start, end, length, flags, stream_id)
             else:
-                following = position + 9 + length
                 if following > end:
                     break
-                payload = data[position + 9 : following]
+                payload = bytes(data[start:following])
                 position = following
                 if kind == 1:
                     if flags & 0x2C == 4:  # END_HEADERS, neither padded nor with priority
-                        self._block(stream_id, flags, bytes(payload))
+                        self._block(stream_id, flags, payload)
                     else:
-                        self._headers(stream_id, flags, bytes(payload))
+                        self._headers(stream_id, flags, payload)
                 else:
-                    self._control_frame(kind, flags, stream_id, bytes(payload))
+                    self._control_frame(kind, flags, stream_id, payload)
             if self.closed:
                 return
         if position < end:

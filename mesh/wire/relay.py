@@ -173,7 +173,12 @@ class RelayCall(Stream):
         self._request_ended = end
         held = self._held
         if held is not None:
-            if self._held_bytes + size <= self._relay.held_bytes_max and self._hold(size):
+            budget = self._relay.budget
+            if (
+                self._held_bytes + size <= self._relay.held_bytes_max
+                and budget.used_bytes + size <= budget.max_bytes
+            ):
+                budget.used_bytes += size
                 data = data if type(data) is bytes else bytes(data)
                 held.append(data)
                 self._held_bytes += size
@@ -190,13 +195,6 @@ class RelayCall(Stream):
                     self._credit(up.sent)
         elif self._peeking:
             self._peek()
-
-    def _hold(self, size: int) -> bool:
-        budget = self._relay.budget
-        if budget.used_bytes + size > budget.max_bytes:
-            return False
-        budget.used_bytes += size
-        return True
 
     def _drop_held(self) -> None:
         if self._held is not None:
@@ -307,7 +305,15 @@ class RelayCall(Stream):
         if self._peeking or not self.peeked_whole:
             block += hpack.encode_literal(b"mesh-peeked-name", self.model_name.encode())
         conn.send_headers(up, block, False)
-        held = self._held or ()
+        held = self._held
+        if self._request_ended and held is not None and len(held) == 1:  # all in one frame
+            if up.send_data(held[0], True):
+                up.sent = self._held_bytes
+            return
+        self._send_held(up, held or [])
+
+    def _send_held(self, up: RelayUp, held: list[bytes]) -> None:
+        """What has come so far, in pieces."""
         last = len(held) - 1
         for index, piece in enumerate(held):
             up.send_data(piece, self._request_ended and index == last)
