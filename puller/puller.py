@@ -130,6 +130,12 @@ class Puller:
         await self._pool.run(self._cache.close)
         self._pool.close()
 
+    async def settle(self) -> None:
+        """Wait until no fetch is under way, also those that nobody waits for any more."""
+        while self._flights:
+            tasks = [flight.task for flight in self._flights.values() if flight.task is not None]
+            await asyncio.wait(tasks)
+
     def _locate(self, request: ArtifactRequest) -> Location:
         directory = self._settings.storage_config_dir
         secret = StorageSecret(

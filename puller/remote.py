@@ -138,15 +138,16 @@ class RemoteFetcher:
                 await download.run()
             await self._pool.run(_describe, staging, location.uri, manifest)
             await self._pool.run(self._cache.publish, name)
+        except TimeoutError as error:  # an OSError by birth, and not the disk's
+            await self._pool.run(self._cache.abandon, name)
+            raise self._timed_out(location) from error
         except OSError as error:
             # Asked before the partial artifact goes, or there would seem to be room.
             failure = await self._pool.run(self._disk_failure, name, error)
             await self._pool.run(self._cache.abandon, name)
             raise failure from error
-        except BaseException as error:
+        except BaseException:
             await self._pool.run(self._cache.abandon, name)
-            if isinstance(error, TimeoutError):
-                raise self._timed_out(location) from error
             raise
         await self._pool.run(self._drop_other_versions, name)
 

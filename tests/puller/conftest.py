@@ -27,8 +27,18 @@ def leftovers(cache_dir: Path) -> list[str]:
     return sorted(str(path.relative_to(cache_dir)) for path in cache_dir.glob("staging/*/*"))
 
 
+def owners(cache_dir: Path) -> list[str]:
+    """The processes that have a folder in staging."""
+    return sorted(path.name for path in cache_dir.glob("staging/*"))
+
+
 def entries(cache_dir: Path) -> list[str]:
     return sorted(path.name for path in cache_dir.glob("entries/*"))
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
 
 
 @pytest.fixture

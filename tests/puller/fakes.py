@@ -54,6 +54,8 @@ class FakeStore:
     gate: asyncio.Event | None = None  # reads wait for it
     reading: asyncio.Event = field(default_factory=asyncio.Event)  # set at the first read
     yielded: int = 0  # chunks given out
+    under_way: int = 0  # reads at this moment
+    under_way_most: int = 0
 
     def open(self, location: S3Location, settings: PullerSettings) -> FakeSource:
         return FakeSource(self, location)
@@ -86,8 +88,18 @@ class FakeSource:
         store.reading.set()
         if store.before_read is not None:
             store.before_read(source.key, start, end)
-        if store.gate is not None:
-            await store.gate.wait()
+        store.under_way += 1
+        store.under_way_most = max(store.under_way_most, store.under_way)
+        try:
+            if store.gate is not None:
+                await store.gate.wait()
+            async for chunk in self._pieces(source, start, end):
+                yield chunk
+        finally:
+            store.under_way -= 1
+
+    async def _pieces(self, source: RemoteObject, start: int, end: int) -> AsyncIterator[bytes]:
+        store = self.store
         if store.describe(source.key).etag != source.etag:
             raise ObjectChangedError(source.key)
         data = store.objects[source.key][start:end]
