@@ -1,0 +1,411 @@
+"""Runs inference: in the event loop while that is cheaper than a hop, else in worker threads.
+
+A request runs inline when its copy's measured time for messages of its size is at most
+``inline_max_us`` and this turn of the loop has spent at most ``inline_turn_max_us`` on inference;
+what exceeds the turn waits for the next one, in which sockets are served first. Everything else
+goes to a bounded set of threads. Copies with work stand in one line, so that a slow model does not
+starve the others, and no copy holds all threads.
+
+Bounds: ``max_concurrency`` of the copy at once, ``max_queued_per_copy`` behind them, and
+``MAX_HELD_BYTES`` of request bytes altogether; beyond that RESOURCE_EXHAUSTED with the trailer
+``mesh-error: overloaded``. A request whose deadline has passed or whose client is gone is
+dropped before it runs. No task, lock or log line per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from time import monotonic, perf_counter_ns
+from typing import Final
+
+from mesh.core.errors import Code, DeadlineExceeded, Internal, MeshError, ResourceExhausted
+from mesh.core.policy import Policy
+from mesh.instance.forms import Encoded, Form, Sink
+from mesh.instance.servable import INLINE_BYTES_MAX, Servable
+from mesh.metrics import InstanceMetrics
+from mesh.oip.call import InferCall
+from mesh.runtimes.api import Tensor
+
+log = logging.getLogger(__name__)
+
+# Request bytes that may wait for threads; requests of the largest size, 16 at once.
+MAX_HELD_BYTES: Final = 256 * 1024 * 1024
+# Inline requests that wait for the next turn of the loop; beyond that threads help.
+MAX_DEFERRED: Final = 256
+OVERLOADED: Final = (("mesh-error", "overloaded"),)
+
+
+class Job:
+    """One request on its way through a worker thread (or waiting for the next turn)."""
+
+    __slots__ = (
+        "call",
+        "encoded",
+        "error",
+        "form",
+        "message",
+        "method",
+        "queued_ns",
+        "servable",
+        "sink",
+        "spent_ns",
+        "started_ns",
+        "tensors",
+    )
+
+    def __init__(
+        self, servable: Servable, form: Form, sink: Sink, message: bytes, method: str, now_ns: int
+    ) -> None:
+        self.servable = servable
+        self.form = form
+        self.sink = sink
+        self.message = message
+        self.method = method
+        self.queued_ns = now_ns
+        self.started_ns = 0
+        self.spent_ns = 0
+        self.call: InferCall | None = None
+        self.tensors: list[Tensor] | None = None
+        self.encoded: Encoded | None = None
+        self.error: MeshError | None = None
+
+    def run(self) -> None:
+        """In a worker thread. Large messages are decoded and encoded here too."""
+        self.started_ns = perf_counter_ns()
+        try:
+            call = self.call
+            if call is None:
+                call = self.call = self.form.decode(self.servable, self.message, in_loop=False)
+            tensors = self.servable.model.infer(call.inputs, call.outputs, call.parameters)
+            if sum(tensor.data.nbytes for tensor in tensors) > INLINE_BYTES_MAX:
+                self.encoded = self.form.encode(self.servable, call, tensors, in_loop=False)
+            else:
+                self.tensors = tensors
+        except MeshError as error:
+            self.error = error
+        except Exception as error:
+            log.exception("inference with model %r failed", self.servable.model_id)
+            self.error = unexpected(self.servable, error)
+        self.spent_ns = perf_counter_ns() - self.started_ns
+
+
+def unexpected(servable: Servable, error: Exception) -> MeshError:
+    return Internal(
+        f"model {servable.model_id!r} failed at inference: {type(error).__name__}: {error}"
+    )
+
+
+class Executor:
+    """See the module's docstring. ``on_idle(model_id)`` is called when a copy's last request in
+    flight has ended and ``idle_wanted()`` says that somebody waits for that."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        threads: int,
+        metrics: InstanceMetrics,
+        clock_offset_ms: int,
+        *,
+        on_idle: Callable[[str], None],
+        idle_wanted: Callable[[], bool],
+    ) -> None:
+        self._inline_max_ns = policy.inline_max_us * 1_000
+        self._turn_max_ns = policy.inline_turn_max_us * 1_000
+        self._max_queued = policy.max_queued_per_copy
+        self._metrics = metrics
+        self._offset_ms = clock_offset_ms
+        self._on_idle = on_idle
+        self._idle_wanted = idle_wanted
+        self._loop = asyncio.get_running_loop()
+        self._turn_ns = 0
+        self._turn_open = False
+        self._deferred: deque[Job] = deque()
+        self._ready: deque[Servable] = deque()  # copies with queued work, first come first served
+        self._active = 0  # jobs handed to threads
+        self._held_bytes = 0
+        self.queued = 0
+        self._work: SimpleQueue[Job | None] = SimpleQueue()
+        self._done: deque[Job] = deque()
+        self._woken = False
+        self._thread_count = threads
+        self._per_copy = max(1, threads - 1)
+        self._threads = [
+            threading.Thread(target=self._worker, name=f"infer-{n}", daemon=True)
+            for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._work.put(None)
+
+    @property
+    def busy(self) -> int:
+        """Requests that have not been answered."""
+        return self._active + self.queued + len(self._deferred)
+
+    # ---- the hot path ----
+
+    def submit(
+        self, servable: Servable, form: Form, sink: Sink, message: bytes, method: str
+    ) -> None:
+        now_ns = perf_counter_ns()
+        servable.use.last_used_at_ms = self._offset_ms + now_ns // 1_000_000
+        size = len(message)
+        if size <= INLINE_BYTES_MAX:
+            size_class = size.bit_length()
+            estimate = servable.estimates[size_class]
+            if 0 < estimate <= self._inline_max_ns and not servable.queue:
+                if not self._deferred and self._turn_ns + estimate <= self._turn_max_ns:
+                    self._run_inline(servable, form, sink, message, method, now_ns, size_class)
+                    return
+                if len(self._deferred) < MAX_DEFERRED:
+                    servable.use.in_flight += 1
+                    self._deferred.append(Job(servable, form, sink, message, method, now_ns))
+                    if not self._turn_open:
+                        self._open_turn()
+                    return
+        self._enqueue(servable, form, sink, message, method, now_ns)
+
+    def _run_inline(
+        self,
+        servable: Servable,
+        form: Form,
+        sink: Sink,
+        message: bytes,
+        method: str,
+        arrived_ns: int,
+        size_class: int,
+    ) -> None:
+        statistics = servable.statistics
+        started_ns = perf_counter_ns()
+        code = 0
+        try:
+            call = form.decode(servable, message, in_loop=True)
+            decoded_ns = perf_counter_ns()
+            tensors = servable.model.infer(call.inputs, call.outputs, call.parameters)
+            inferred_ns = perf_counter_ns()
+            encoded = form.encode(servable, call, tensors, in_loop=True)
+            sink.reply(encoded.message, initial=encoded.initial)
+            ended_ns = perf_counter_ns()
+            statistics.success_count += 1
+            statistics.inline_count += 1
+            statistics.success_ns += ended_ns - arrived_ns
+            statistics.decode_ns += decoded_ns - started_ns
+            statistics.infer_ns += inferred_ns - decoded_ns
+            statistics.encode_ns += ended_ns - inferred_ns
+            servable.learn(size_class, ended_ns - started_ns)
+        except MeshError as error:
+            code = int(error.code)
+            sink.fail(error)
+        except Exception as error:
+            log.exception("inference with model %r failed", servable.model_id)
+            code = int(Code.INTERNAL)
+            sink.fail(unexpected(servable, error))
+        finally:
+            if code:
+                ended_ns = perf_counter_ns()
+                statistics.fail_count += 1
+                statistics.fail_ns += ended_ns - arrived_ns
+            self._turn_ns += ended_ns - started_ns
+            if not self._turn_open:
+                self._open_turn()
+            self._metrics.invoke_done(
+                method, code, (ended_ns - arrived_ns) / 1e6, servable.model_id
+            )
+
+    def _open_turn(self) -> None:
+        """``call_soon`` runs in the next turn of the loop: then the budget is new."""
+        self._turn_open = True
+        self._loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._turn_open = False
+        self._turn_ns = 0
+        while self._deferred and self._turn_ns < self._turn_max_ns:
+            job = self._deferred.popleft()
+            servable = job.servable
+            if not self._expired(job):
+                size_class = len(job.message).bit_length()
+                self._run_inline(
+                    servable,
+                    job.form,
+                    job.sink,
+                    job.message,
+                    job.method,
+                    job.queued_ns,
+                    size_class,
+                )
+            self._leave(servable)
+        if self._deferred and not self._turn_open:
+            self._open_turn()
+
+    # ---- threads ----
+
+    def _enqueue(
+        self,
+        servable: Servable,
+        form: Form,
+        sink: Sink,
+        message: bytes,
+        method: str,
+        now_ns: int,
+    ) -> None:
+        size = len(message)
+        waiting = servable.running + len(servable.queue)
+        if waiting >= servable.max_concurrency + self._max_queued:
+            self._purge(servable)
+            waiting = servable.running + len(servable.queue)
+        if (
+            waiting >= servable.max_concurrency + self._max_queued
+            or self._held_bytes + size > MAX_HELD_BYTES
+        ):
+            self._overloaded(servable, sink, method, waiting)
+            return
+        job = Job(servable, form, sink, message, method, now_ns)
+        if size <= INLINE_BYTES_MAX:
+            try:
+                job.call = form.decode(servable, message, in_loop=True)
+            except MeshError as error:
+                self._answer_error(job, error, now_ns)
+                return
+        servable.use.in_flight += 1
+        self._held_bytes += size
+        self.queued += 1
+        servable.queue.append(job)
+        self._line_up(servable)
+        self._dispatch()
+
+    def _overloaded(self, servable: Servable, sink: Sink, method: str, waiting: int) -> None:
+        error = ResourceExhausted(
+            f"model {servable.model_id!r} has {waiting} requests waiting or running on this "
+            "instance; retry later",
+            retry_after_ms=100,
+        )
+        servable.statistics.fail_count += 1
+        sink.fail(error, trailers=OVERLOADED)
+        self._metrics.invoke_done(method, int(error.code), 0.0, servable.model_id)
+
+    def _line_up(self, servable: Servable) -> None:
+        limit = min(servable.max_concurrency, self._per_copy)
+        if servable.queue and not servable.queued_ready and servable.running < limit:
+            servable.queued_ready = True
+            self._ready.append(servable)
+
+    def _dispatch(self) -> None:
+        while self._active < self._thread_count and self._ready:
+            servable = self._ready.popleft()
+            servable.queued_ready = False
+            while servable.queue:
+                job = servable.queue.popleft()
+                self.queued -= 1
+                if self._expired(job):
+                    self._held_bytes -= len(job.message)
+                    self._leave(servable)
+                    continue
+                servable.running += 1
+                self._active += 1
+                self._work.put(job)
+                break
+            self._line_up(servable)
+
+    def _worker(self) -> None:
+        while (job := self._work.get()) is not None:
+            job.run()
+            self._done.append(job)
+            if not self._woken:
+                self._woken = True
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    self._loop.call_soon_threadsafe(self._finish)
+
+    def _finish(self) -> None:
+        """Answer everything that threads have done since; one wake-up for many."""
+        self._woken = False
+        while self._done:
+            job = self._done.popleft()
+            servable = job.servable
+            self._active -= 1
+            servable.running -= 1
+            self._held_bytes -= len(job.message)
+            self._answer(job)
+            self._leave(servable)
+            self._line_up(servable)
+        self._dispatch()
+
+    def _answer(self, job: Job) -> None:
+        if job.error is not None:
+            self._answer_error(job, job.error, job.queued_ns)
+            return
+        servable, statistics = job.servable, job.servable.statistics
+        try:
+            encoded = job.encoded
+            if encoded is None:
+                assert job.call is not None and job.tensors is not None
+                encoded = job.form.encode(servable, job.call, job.tensors, in_loop=True)
+            job.sink.reply(encoded.message, initial=encoded.initial)
+        except MeshError as error:
+            self._answer_error(job, error, job.queued_ns)
+            return
+        except Exception as error:
+            log.exception("encoding an answer of model %r failed", servable.model_id)
+            self._answer_error(job, unexpected(servable, error), job.queued_ns)
+            return
+        ended_ns = perf_counter_ns()
+        waited_ns = job.started_ns - job.queued_ns
+        statistics.success_count += 1
+        statistics.success_ns += ended_ns - job.queued_ns
+        statistics.queue_count += 1
+        statistics.queue_ns += waited_ns
+        statistics.infer_ns += job.spent_ns
+        if len(job.message) <= INLINE_BYTES_MAX and job.encoded is None:
+            servable.learn(len(job.message).bit_length(), job.spent_ns)
+        self._metrics.invoke_done(
+            job.method, 0, (ended_ns - job.queued_ns) / 1e6, servable.model_id
+        )
+        self._metrics.observe("req_queue_delay", waited_ns / 1e6, servable.model_id)
+
+    def _answer_error(self, job: Job, error: MeshError, since_ns: int) -> None:
+        spent_ns = perf_counter_ns() - since_ns
+        job.servable.statistics.fail_count += 1
+        job.servable.statistics.fail_ns += spent_ns
+        job.sink.fail(error)
+        self._metrics.invoke_done(
+            job.method, int(error.code), spent_ns / 1e6, job.servable.model_id
+        )
+
+    def _expired(self, job: Job) -> bool:
+        if job.sink.cancelled:
+            return True
+        if job.sink.deadline_s > monotonic():
+            return False
+        self._answer_error(
+            job,
+            DeadlineExceeded("the deadline passed while the request waited for its model"),
+            job.queued_ns,
+        )
+        return True
+
+    def _purge(self, servable: Servable) -> None:
+        """Drop what nobody waits for any more before a live request is refused."""
+        kept = [job for job in servable.queue if not self._expired(job)]
+        dropped = len(servable.queue) - len(kept)
+        if dropped:
+            self._held_bytes -= sum(len(j.message) for j in servable.queue) - sum(
+                len(j.message) for j in kept
+            )
+            self.queued -= dropped
+            servable.queue.clear()
+            servable.queue.extend(kept)
+            servable.use.in_flight -= dropped
+
+    def _leave(self, servable: Servable) -> None:
+        servable.use.in_flight -= 1
+        if not servable.use.in_flight and self._idle_wanted():
+            self._on_idle(servable.model_id)

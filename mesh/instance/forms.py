@@ -1,0 +1,72 @@
+"""How one inference request was put, and how its answer is to be: gRPC here, REST in rest.py.
+
+A form belongs to one request, or is shared by equal ones; it holds no tensors. The event loop uses
+the copy's own codec, which remembers; worker threads use a fresh one, because it is not
+safe for concurrent use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from mesh.core.errors import InvalidArgument, MeshError
+from mesh.instance.servable import Servable
+from mesh.oip.call import InferCall
+from mesh.oip.tensors import InferCodec
+from mesh.runtimes.api import Tensor
+from mesh.wire.messages import Metadata
+
+
+class Encoded(NamedTuple):
+    message: bytes
+    initial: Metadata = ()
+
+
+class Form(Protocol):
+    def decode(self, servable: Servable, message: bytes, *, in_loop: bool) -> InferCall: ...
+
+    def encode(
+        self, servable: Servable, call: InferCall, tensors: Sequence[Tensor], *, in_loop: bool
+    ) -> Encoded: ...
+
+
+class Sink(Protocol):
+    """Where an answer goes: a call of ``mesh.wire``, or one message of a stream.
+
+    ``deadline_s`` is on the clock of ``time.monotonic``.
+    """
+
+    cancelled: bool
+    deadline_s: float
+
+    def reply(self, message: bytes, *, initial: Metadata = (), trailers: Metadata = ()) -> None: ...
+
+    def fail(self, error: MeshError, *, trailers: Metadata = ()) -> None: ...
+
+
+class GrpcForm:
+    """``fallback_name`` is the reply's ``model_name`` when the body has none. ``routed_name`` is
+    the name in the body that the copy was found by, "" when a header named it."""
+
+    __slots__ = ("fallback_name", "routed_name")
+
+    def __init__(self, fallback_name: str, routed_name: str = "") -> None:
+        self.fallback_name = fallback_name
+        self.routed_name = routed_name
+
+    def decode(self, servable: Servable, message: bytes, *, in_loop: bool) -> InferCall:
+        codec = servable.codec if in_loop else InferCodec(servable.metadata)
+        call = codec.decode(message)
+        if self.routed_name and call.head.model_name != self.routed_name:
+            raise InvalidArgument(
+                f"the message holds model_name more than once: {self.routed_name!r} and then "
+                f"{call.head.model_name!r}"
+            )
+        return call
+
+    def encode(
+        self, servable: Servable, call: InferCall, tensors: Sequence[Tensor], *, in_loop: bool
+    ) -> Encoded:
+        codec = servable.codec if in_loop else InferCodec(servable.metadata)
+        return Encoded(codec.encode(call, tensors, call.head.model_name or self.fallback_name))

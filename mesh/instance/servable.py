@@ -1,0 +1,94 @@
+"""A loaded copy as the request path sees it: the model, its codec, its measured times, its queue.
+
+Owned by the event loop; worker threads only call ``model.infer``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from mesh.core.cache_lru import Use
+from mesh.oip.tensors import InferCodec
+from mesh.runtimes.api import LoadedModel, ModelMetadata
+
+if TYPE_CHECKING:
+    from mesh.instance.executor import Job
+
+# Messages up to this size may be decoded, run and encoded in the event loop; a larger one costs
+# the loop too long to copy, whatever the model does with it.
+INLINE_BYTES_MAX: Final = 64 * 1024
+
+# A time is remembered for each power of two of the message's size: a model that is quick with one
+# row is not with a thousand.
+_SIZE_CLASSES: Final = INLINE_BYTES_MAX.bit_length() + 1
+
+
+class Statistics:
+    """Counts and nanoseconds since the copy was loaded (ModelStatistics, describe)."""
+
+    __slots__ = (
+        "decode_ns",
+        "encode_ns",
+        "fail_count",
+        "fail_ns",
+        "infer_ns",
+        "inline_count",
+        "queue_count",
+        "queue_ns",
+        "success_count",
+        "success_ns",
+    )
+
+    def __init__(self) -> None:
+        self.success_count = self.success_ns = 0
+        self.fail_count = self.fail_ns = 0
+        self.queue_count = self.queue_ns = 0
+        self.decode_ns = self.infer_ns = self.encode_ns = 0
+        self.inline_count = 0
+
+
+class Servable:
+    """``estimates`` are nanoseconds by class of size, 0 where nothing was measured yet."""
+
+    __slots__ = (
+        "codec",
+        "estimates",
+        "max_concurrency",
+        "metadata",
+        "model",
+        "model_id",
+        "model_type",
+        "queue",
+        "queued_ready",
+        "running",
+        "statistics",
+        "use",
+    )
+
+    def __init__(
+        self, model_id: str, model_type: str, model: LoadedModel, use: Use, max_concurrency: int
+    ) -> None:
+        self.model_id = model_id
+        self.model_type = model_type
+        self.model = model
+        self.metadata: ModelMetadata = model.metadata
+        self.codec = InferCodec(self.metadata)
+        self.use = use
+        self.max_concurrency = max_concurrency
+        self.estimates = [0] * _SIZE_CLASSES
+        self.running = 0  # in worker threads
+        self.queue: deque[Job] = deque()
+        self.queued_ready = False  # stands in the executor's line of copies with work
+        self.statistics = Statistics()
+
+    def learn(self, size_class: int, elapsed_ns: int) -> None:
+        """Moves quickly down and slowly up: the first run of a session is slow, and a thread that
+        lost its core for a moment says nothing about the model."""
+        known = self.estimates[size_class]
+        if known == 0:
+            self.estimates[size_class] = elapsed_ns
+        elif elapsed_ns < known:
+            self.estimates[size_class] = (known + elapsed_ns) >> 1
+        else:
+            self.estimates[size_class] = known + (min(elapsed_ns, known << 2) - known >> 3) + 1

@@ -1,0 +1,47 @@
+"""What an operator may set for one serving pod; built once, in a composition root."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mesh.core.policy import Policy
+from mesh.wire.limits import INSIDE, Limits
+from puller.settings import PullerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSettings:
+    """Bytes, counts, milliseconds as named. A value out of range fails here, with its name."""
+
+    puller: PullerSettings
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any free one; routers learn it from the instance's record
+    advertised_host: str = ""  # what routers connect to; "" is ``host``
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = 0  # None: no listener
+    capacity_bytes: int = 1 << 30
+    etcd_endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    prefix: str = "mesh"
+    namespace: str = "default"
+    name: str = "instance"  # start of the instance's id; the rest is drawn at each start
+    allow_pickle: bool = False
+    inference_threads: int = 4  # beside the event loop; one more than a slow model may hold
+    zone: str = ""
+    labels: tuple[str, ...] = ()
+    drain_notice_ms: int = 500  # goes on serving for so long after it has told that it leaves
+    drain_timeout_ms: int = 20_000  # then for so long at most lets requests in flight finish
+    per_model_metrics: bool = False
+    software_version: str = "0.1.0"
+    policy: Policy = field(default_factory=Policy)
+    limits: Limits = INSIDE
+
+    def __post_init__(self) -> None:
+        if self.capacity_bytes < 1 << 20:
+            raise ValueError(
+                f"InstanceSettings.capacity_bytes is {self.capacity_bytes}; "
+                "an instance needs at least 1 MiB for models"
+            )
+        if self.inference_threads < 1:
+            raise ValueError("InstanceSettings.inference_threads must be at least 1")
+        if not self.etcd_endpoints:
+            raise ValueError("InstanceSettings.etcd_endpoints must name at least one endpoint")
