@@ -199,7 +199,7 @@ class _Endpoint:
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.initial_reconnect_backoff_ms", options.backoff_min_ms),
             ("grpc.min_reconnect_backoff_ms", options.connect_timeout_ms),
-            ("grpc.max_reconnect_backoff_ms", options.backoff_max_ms),
+            ("grpc.max_reconnect_backoff_ms", options.backoff_max_ms // 2),
             # No channel shares a connection with another store of this process.
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
@@ -227,17 +227,19 @@ class _Endpoint:
         return bool(self.channel.get_state() is grpc.ChannelConnectivity.READY)
 
     async def connect(self, timeout_s: float) -> None:
-        """Until connected. Raises StoreUnavailable; nothing was sent then."""
+        """Until connected. Raises StoreUnavailable; nothing was sent then.
+
+        A channel that has failed stays in TRANSIENT_FAILURE until it is connected, and tries
+        again by itself: waiting here would only hold up the next endpoint.
+        """
         state = self.channel.get_state(try_to_connect=True)
         if state is grpc.ChannelConnectivity.READY:
             return
-        tried = False
         try:
             async with asyncio.timeout(timeout_s):
                 while state is not grpc.ChannelConnectivity.READY:
-                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and tried:
+                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
                         raise StoreUnavailable(f"etcd at {self.address} refuses connections")
-                    tried = tried or state is grpc.ChannelConnectivity.CONNECTING
                     await self.channel.wait_for_state_change(state)
                     state = self.channel.get_state(try_to_connect=True)
         except TimeoutError:
