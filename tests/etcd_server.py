@@ -40,13 +40,16 @@ class EtcdServer:
         *,
         binary: EtcdBinary | None = None,
         quota_bytes: int | None = None,
+        certificates: Path | None = None,
         extra_arguments: tuple[str, ...] = (),
     ) -> None:
         self.binary = binary or find_etcd()
         self.folder = Path(tempfile.mkdtemp(prefix="mesh-test-etcd-"))
         self.client_port = free_port()
         self.peer_port = free_port()
+        self._health_port = free_port()
         self._quota_bytes = quota_bytes
+        self._certificates = certificates  # ca.pem, server.pem, server.key: clients need theirs
         self._extra_arguments = extra_arguments
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -64,7 +67,8 @@ class EtcdServer:
         return self._process is not None and self._process.poll() is None
 
     def _arguments(self) -> list[str]:
-        client = f"http://127.0.0.1:{self.client_port}"
+        scheme = "http" if self._certificates is None else "https"
+        client = f"{scheme}://127.0.0.1:{self.client_port}"
         peer = f"http://127.0.0.1:{self.peer_port}"
         arguments = [
             str(self.binary.path),
@@ -75,6 +79,7 @@ class EtcdServer:
             f"--listen-peer-urls={peer}",
             f"--initial-advertise-peer-urls={peer}",
             f"--initial-cluster=test={peer}",
+            f"--listen-metrics-urls=http://127.0.0.1:{self._health_port}",
             "--heartbeat-interval=10",
             "--election-timeout=100",
             "--logger=zap",
@@ -82,6 +87,13 @@ class EtcdServer:
         ]
         if self._quota_bytes is not None:
             arguments.append(f"--quota-backend-bytes={self._quota_bytes}")
+        if self._certificates is not None:
+            arguments += [
+                "--client-cert-auth",
+                f"--trusted-ca-file={self._certificates / 'ca.pem'}",
+                f"--cert-file={self._certificates / 'server.pem'}",
+                f"--key-file={self._certificates / 'server.key'}",
+            ]
         return [*arguments, *self._extra_arguments]
 
     def start(self, *, wait: bool = True) -> None:
@@ -100,7 +112,7 @@ class EtcdServer:
             if not self.running:
                 break
             with contextlib.suppress(urllib.error.URLError, OSError):
-                url = f"http://{self.endpoint}/health"
+                url = f"http://127.0.0.1:{self._health_port}/health"
                 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
                 with opener.open(url, timeout=1.0) as reply:
                     if b'"true"' in reply.read():
