@@ -47,7 +47,7 @@ def is_resource_name(name: str) -> bool:
 def check_resource_name(name: object, where: str) -> str:
     """``name`` as Kubernetes allows it for an object. ``where`` is the field's path."""
     if not isinstance(name, str):
-        raise InvalidArgument(f"{where}: expected a string, found {type(name).__name__}")
+        raise InvalidArgument(f"{where}: expected a string; found {name!r:.80}")
     if not is_resource_name(name):
         raise InvalidArgument(
             f"{where}: expected lower-case letters, digits, '-' and '.', starting and ending with "
@@ -59,7 +59,7 @@ def check_resource_name(name: object, where: str) -> str:
 def check_namespace(name: object, where: str) -> str:
     """``name`` as Kubernetes allows it for a namespace (a DNS label)."""
     if not isinstance(name, str):
-        raise InvalidArgument(f"{where}: expected a string, found {type(name).__name__}")
+        raise InvalidArgument(f"{where}: expected a string; found {name!r:.80}")
     if len(name) > _LABEL_MAX_CHARS or not _LABEL.fullmatch(name):
         raise InvalidArgument(
             f"{where}: expected lower-case letters, digits and '-', starting and ending with a "
@@ -71,10 +71,10 @@ def check_namespace(name: object, where: str) -> str:
 def check_model_id(model_id: str, where: str = "model id") -> str:
     """An id that a client registers: anything printable of 1 to 512 characters."""
     if not model_id:
-        raise InvalidArgument(f"{where}: expected 1 to {MODEL_ID_MAX_CHARS} characters, found none")
+        raise InvalidArgument(f"{where}: expected 1 to {MODEL_ID_MAX_CHARS} characters; found none")
     if len(model_id) > MODEL_ID_MAX_CHARS:
         raise InvalidArgument(
-            f"{where}: expected at most {MODEL_ID_MAX_CHARS} characters, found {len(model_id)}"
+            f"{where}: expected at most {MODEL_ID_MAX_CHARS} characters; found {len(model_id)}"
         )
     if found := _UNPRINTABLE.search(model_id):
         raise InvalidArgument(

@@ -1,0 +1,197 @@
+"""InferenceServices as KServe's and ModelMesh's users write them, and the records they become."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from mesh.core.types import ModelRecord, VModelRecord
+from mesh.kserve_fields import FRAMEWORKS
+from mesh.manifest import parse_manifests
+from tests.manifest.resources import applied, isvc, onnx
+
+MODELMESH_EXAMPLE = """
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: example-sklearn-isvc
+  namespace: modelmesh-serving
+  annotations:
+    serving.kserve.io/deploymentMode: ModelMesh
+spec:
+  predictor:
+    model:
+      modelFormat:
+        name: sklearn
+        version: "0"
+      storage:
+        key: localMinIO
+        path: sklearn/mnist-svm.joblib
+        schemaPath: sklearn/schema.json
+        parameters:
+          bucket: modelmesh-example-models
+"""
+
+KSERVE_EXAMPLE = """
+apiVersion: "serving.kserve.io/v1beta1"
+kind: "InferenceService"
+metadata:
+  name: "sklearn-iris"
+spec:
+  predictor:
+    model:
+      modelFormat:
+        name: sklearn
+      protocolVersion: v2
+      storageUri: "gs://kfserving-examples/models/sklearn/1.0/model"
+"""
+
+
+def test_the_modelmesh_example_is_taken_unchanged_and_without_a_warning() -> None:
+    (found,) = parse_manifests(MODELMESH_EXAMPLE, now_ms=77)
+    assert found.warnings == ()
+    assert (found.name, found.namespace) == ("example-sklearn-isvc", "modelmesh-serving")
+    model_id = found.model.model_id
+    assert found.model == ModelRecord(
+        model_id=model_id,
+        model_type="sklearn",
+        path="sklearn/mnist-svm.joblib",
+        key=found.model.key,
+        auto_delete=True,
+        created_at_ms=77,
+    )
+    assert json.loads(found.model.key) == {
+        "storage_key": "localMinIO",
+        "storage_params": {"bucket": "modelmesh-example-models"},
+        "schema_path": "sklearn/schema.json",
+        "model_type": {"name": "sklearn", "version": "0"},
+    }
+    assert found.alias == VModelRecord(
+        name="example-sklearn-isvc",
+        active_model_id=model_id,
+        target_model_id=model_id,
+        owner="isvc",
+        manifest=found.alias.manifest,
+        updated_at_ms=77,
+    )
+
+
+def test_the_kserve_example_keeps_its_uri_as_the_path() -> None:
+    (found,) = parse_manifests(KSERVE_EXAMPLE)
+    assert found.warnings == ()
+    assert found.namespace == ""
+    assert found.model.path == "gs://kfserving-examples/models/sklearn/1.0/model"
+    assert json.loads(found.model.key) == {"model_type": {"name": "sklearn"}}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_old_form_is_the_framework_as_format(framework: str) -> None:
+    found = applied(isvc({framework: {"storageUri": "s3://b/c", "protocolVersion": "v2"}}))
+    assert (found.model.model_type, found.model.path) == (framework, "s3://b/c")
+    assert json.loads(found.model.key) == {"model_type": {"name": framework}}
+    assert found.warnings == ()
+
+
+def test_the_old_form_takes_a_storage_too() -> None:
+    found = applied(isvc({"onnx": {"storage": {"key": "k", "path": "p"}}}))
+    assert found.model.path == "p"
+    assert json.loads(found.model.key)["storage_key"] == "k"
+
+
+def test_a_formats_name_is_lower_case() -> None:
+    assert applied(isvc({"model": onnx(modelFormat={"name": "ONNX"})})).model.model_type == "onnx"
+
+
+def test_the_id_is_the_hash_of_the_predictors_spec() -> None:
+    predictor = {"model": onnx()}
+    canonical = json.dumps(predictor, sort_keys=True, separators=(",", ":"))
+    expected = "iris__isvc-" + hashlib.sha1(canonical.encode()).hexdigest()[:10]
+    assert applied(isvc(predictor)).model.model_id == expected
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param(isvc({"model": onnx(storageUri="s3://bucket/other")}), id="the artifact"),
+        pytest.param(isvc({"model": onnx(modelFormat={"name": "sklearn"})}), id="the format"),
+        pytest.param(isvc({"model": onnx(env=[{"name": "A", "value": "1"}])}), id="any field"),
+        pytest.param(
+            isvc(annotations={"serving.kserve.io/secretKey": "k"}), id="the secret it is read with"
+        ),
+        pytest.param(isvc(annotations={"mesh.serving/revision": "2"}), id="its revision"),
+        pytest.param(isvc(name="other"), id="the name"),
+    ],
+)
+def test_another_model_has_another_id(changed: dict[str, object]) -> None:
+    assert applied(changed).model.model_id != applied(isvc()).model.model_id
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        pytest.param(isvc({"model": onnx(), "minReplicas": 3}), id="more copies"),
+        pytest.param(isvc({"model": onnx(), "canaryTrafficPercent": 10}), id="traffic"),
+        pytest.param(isvc({"model": onnx(), "volumes": None}), id="a null"),
+        pytest.param(isvc(labels={"team": "a"}), id="a label"),
+        pytest.param(isvc(annotations={"mesh.serving/pin": "true"}), id="a pin"),
+        pytest.param(isvc(resourceVersion="12", uid="x"), id="what the API server wrote"),
+    ],
+)
+def test_the_same_model_otherwise_kept_has_the_same_id(same: dict[str, object]) -> None:
+    assert applied(same).model.model_id == applied(isvc()).model.model_id
+
+
+@pytest.mark.parametrize(("replicas", "copies"), [(None, 0), (0, 0), (1, 0), (2, 2), (7, 7)])
+def test_minimum_replicas(replicas: int | None, copies: int) -> None:
+    found = applied(isvc({"model": onnx(), "minReplicas": replicas}))
+    assert found.model.min_copies == copies
+    assert not found.model.pinned
+    assert found.warnings == ()
+
+
+def test_our_annotations() -> None:
+    found = applied(
+        isvc(
+            annotations={
+                "mesh.serving/pin": "true",
+                "mesh.serving/model-size": "200Mi",
+                "mesh.serving/max-concurrency": "8",
+                "mesh.serving/load-timeout": "1m30s",
+            },
+            labels={"team": "fraud"},
+        )
+    ).model
+    assert (found.pinned, found.size_bytes_stated) == (True, 200 * 2**20)
+    assert (found.max_concurrency, found.load_timeout_ms) == (8, 90_000)
+    assert found.labels == {"team": "fraud"}
+
+
+def test_kserves_annotations_for_the_uri_form() -> None:
+    found = applied(
+        isvc(
+            annotations={
+                "serving.kserve.io/secretKey": "localMinIO",
+                "serving.kserve.io/schemaPath": "a/schema.json",
+            }
+        )
+    )
+    key = json.loads(found.model.key)
+    assert (key["storage_key"], key["schema_path"]) == ("localMinIO", "a/schema.json")
+    assert found.warnings == ()
+
+
+def test_what_the_storage_says_goes_before_what_an_annotation_says() -> None:
+    resource = isvc(
+        {"model": {"modelFormat": {"name": "onnx"}, "storage": {"key": "mine", "path": "p"}}},
+        annotations={"serving.kserve.io/secretKey": "other"},
+    )
+    assert json.loads(applied(resource).model.key)["storage_key"] == "mine"
+
+
+def test_the_resource_is_kept_as_applied_without_what_the_api_server_wrote() -> None:
+    resource = isvc(managedFields=[{"manager": "x"}])
+    resource["status"] = {"url": "http://x"}
+    assert json.loads(applied(resource).alias.manifest) == isvc()
+    assert "status" in resource and "managedFields" in resource["metadata"]  # not ours to change
