@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
-from typing import Final, assert_never
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any, Final, assert_never
 
 from mesh.core import loads as core
 from mesh.core.errors import Code, Internal, MeshError, ResourceExhausted, Unavailable
+from mesh.core.placement import Placement
 from mesh.core.policy import Policy
 from mesh.core.view import ClusterView
 from mesh.metrics import RouterMetrics
@@ -78,7 +79,7 @@ class Loads:
         self._policy = policy
         self._now_ms = now_ms
         self._flights: dict[str, _Flight] = {}
-        self._unloads: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[object]] = set()
         self._waiting = 0
 
     @property
@@ -172,9 +173,9 @@ class Loads:
     async def close(self) -> None:
         """End all waiting with UNAVAILABLE. Loads go on in their instances."""
         tasks = [flight.task for flight in self._flights.values() if flight.task is not None]
-        for task in (*tasks, *self._unloads):
+        for task in (*tasks, *self._background):
             task.cancel()
-        await asyncio.gather(*tasks, *self._unloads, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._background, return_exceptions=True)
 
     # ---- single calls, also the leader's ----------------------------------------------------
 
@@ -254,6 +255,33 @@ class Loads:
             case _:
                 return core.Unreachable(instance_id, f"unknown outcome {answer.outcome}")
 
+    def ask_soon(self, model_id: str, placement: Placement, *, proactive: bool) -> None:
+        """``ask`` in the background, counted as pending from now on; the view tells the rest.
+
+        For loads that nobody waits for: of a minimum of copies, or ahead of the first request.
+        """
+        self._metrics.counter("placements", placement.reason)
+        self._view.add_pending(
+            model_id,
+            placement.instance_id,
+            size_bytes=placement.size_bytes,
+            now_ms=self._now_ms(),
+        )
+        self._in_background(
+            self.ask(
+                model_id,
+                placement.instance_id,
+                size_bytes=placement.size_bytes,
+                last_used_at_ms=self._view.last_used_at_ms(model_id),
+                proactive=proactive,
+            )
+        )
+
+    def _in_background(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     async def unload(self, model_id: str, instance_id: str) -> bool:
         """Drop one copy once its requests have ended; whether it was there. Raises MeshError."""
         request = internal.UnloadRequest(model_id=model_id)
@@ -269,9 +297,7 @@ class Loads:
         What fails here is done by the leader's sweep, which unloads copies of no model.
         """
         for instance_id in instance_ids:
-            task = asyncio.get_running_loop().create_task(self._try_unload(model_id, instance_id))
-            self._unloads.add(task)
-            task.add_done_callback(self._unloads.discard)
+            self._in_background(self._try_unload(model_id, instance_id))
 
     async def _try_unload(self, model_id: str, instance_id: str) -> None:
         try:

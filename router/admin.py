@@ -1,0 +1,283 @@
+"""``mesh.admin.v1.Admin``: what the ``mesh`` command asks of a router.
+
+Apply and Delete write through ``router.catalog`` and need the store (UNAVAILABLE without it); List,
+Describe and Explain answer from the view. Describe also asks the instances that hold a copy, each
+for ``DESCRIBE_TIMEOUT_S`` at most; one that does not answer is named as such.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from mesh import admin_views as views
+from mesh import manifest
+from mesh.core.errors import InvalidArgument, MeshError, NotFound
+from mesh.core.explain import explain
+from mesh.core.placement import Candidate, Placement, place
+from mesh.core.policy import Policy
+from mesh.core.slots import InstanceSlot
+from mesh.core.view import ClusterView, Resolved
+from mesh.metrics import RouterMetrics
+from mesh.wire.server import AsyncUnary
+from protos import mesh_admin_pb2 as pb
+from protos import mesh_internal_pb2 as internal
+from router.catalog import Catalog
+from router.described import concrete_model, model_row
+from router.dispatch import Dispatcher
+from router.loads import Loads
+from router.oip import Oip
+from router.peers import Peers
+from router.rpc import Rpcs, methods_of
+
+log = logging.getLogger(__name__)
+
+SERVICE: Final = "mesh.admin.v1.Admin"
+DESCRIBE_PATH: Final = "/mesh.internal.v1.Instance/Describe"
+DESCRIBE_TIMEOUT_S: Final = 2.0
+# A list of a hundred thousand models takes a while to write down; requests are served in between.
+_LIST_SLICE: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Admin:
+    """``now_ms`` is the wall clock's reading."""
+
+    view: ClusterView
+    catalog: Catalog
+    dispatcher: Dispatcher
+    loads: Loads
+    peers: Peers
+    oip: Oip
+    policy: Policy
+    now_ms: Callable[[], int]
+
+    def methods(self, metrics: RouterMetrics) -> dict[str, AsyncUnary]:
+        """Full path to method."""
+        table: Rpcs = {
+            "Apply": (pb.ApplyRequest, self.apply),
+            "List": (pb.ListRequest, self.list_kind),
+            "Describe": (pb.DescribeRequest, self.describe),
+            "Delete": (pb.DeleteRequest, self.delete),
+            "Explain": (pb.ExplainRequest, self.explain),
+        }
+        return methods_of(SERVICE, table, metrics)
+
+    # ---- writes -------------------------------------------------------------------------------
+
+    async def apply(self, request: pb.ApplyRequest) -> pb.ApplyResponse:
+        try:
+            resource = orjson.loads(request.manifest_json)
+        except orjson.JSONDecodeError as error:
+            raise InvalidArgument(f"manifest_json: not JSON: {error}") from error
+        if not isinstance(resource, dict):
+            raise InvalidArgument("manifest_json: expected one resource as a JSON object")
+        applied = manifest.parse_resource(resource, now_ms=self.now_ms())
+        action = await self.catalog.apply(applied)
+        log.info("apply %s as %s: %s", applied.name, applied.model.model_id, action)
+        if request.load_now:
+            self._load_where_room(applied.model.model_id)
+        return pb.ApplyResponse(
+            name=applied.name,
+            model_id=applied.model.model_id,
+            action=action,
+            warnings=applied.warnings,
+        )
+
+    def _load_where_room(self, model_id: str) -> None:
+        """Begin a load that evicts nothing. Where there is no room it waits for its first use."""
+        model = self.view.models.get(model_id)
+        if model is None or self.view.copies_of(model_id) or self.view.pending_of(model_id):
+            return
+        placed = place(self.view, model, now_ms=self.now_ms(), policy=self.policy)
+        if isinstance(placed, Placement) and not placed.full:
+            self.loads.ask_soon(model_id, placed, proactive=True)
+
+    async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
+        if not request.name:
+            raise InvalidArgument("name: expected the name of a model; found nothing")
+        copies = self._copies_behind(request.name)
+        existed, gone = await self.catalog.delete(request.name)
+        for model_id in gone:
+            self.loads.unload_soon(model_id, copies.get(model_id, ()))
+        return pb.DeleteResponse(existed=existed)
+
+    def _copies_behind(self, name: str) -> dict[str, list[str]]:
+        alias = self.view.vmodels.get(name)
+        ids = {alias.active_model_id, alias.target_model_id} if alias is not None else {name}
+        return {i: [copy.instance_id for copy in self.view.copies_of(i)] for i in ids}
+
+    # ---- reads --------------------------------------------------------------------------------
+
+    async def list_kind(self, request: pb.ListRequest) -> pb.ListResponse:
+        match request.kind:
+            case "models":
+                return pb.ListResponse(items_json=await self._list_models())
+            case "instances":
+                slots = sorted(self.view.instances.items())
+                rows = [_instance_row(slot) for _, slot in slots]
+                return pb.ListResponse(items_json=views.encode(rows))
+            case _:
+                raise InvalidArgument(f"kind: expected models or instances; found {request.kind!r}")
+
+    async def _list_models(self) -> str:
+        now_ms = self.now_ms()
+        pieces: list[str] = []
+        names = self.oip.client_names()
+        for start in range(0, len(names), _LIST_SLICE):
+            rows = [model_row(self.view, n, now_ms) for n in names[start : start + _LIST_SLICE]]
+            pieces.append(views.encode(rows)[1:-1])
+            await asyncio.sleep(0)
+        return f"[{','.join(pieces)}]"
+
+    async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
+        name = request.name
+        alias = self.view.vmodels.get(name)
+        if alias is None and not isinstance(self.view.resolve(name), Resolved):
+            await self.oip.model_status(name)  # the store has the last word; raises NotFound
+            alias = self.view.vmodels.get(name)
+        active_id = alias.active_model_id if alias is not None else name
+        target_id = alias.target_model_id if alias is not None else name
+        details, unreachable = await self._ask_instances({active_id, target_id})
+        now_ms = self.now_ms()
+
+        def concrete(model_id: str) -> views.ConcreteModel | None:
+            model = self.view.models.get(model_id)
+            if model is None:
+                return None
+            return concrete_model(
+                self.view, model, now_ms, details=details, inflight_on=self.dispatcher.inflight_on
+            )
+
+        described = views.ModelDescription(
+            row=model_row(self.view, name, now_ms),
+            active=concrete(active_id),
+            target=concrete(target_id) if target_id != active_id else None,
+            manifest=orjson.loads(alias.manifest) if alias is not None and alias.manifest else None,
+            updated_at_ms=alias.updated_at_ms if alias is not None else 0,
+            unreachable=unreachable,
+            view_revision=self.view.revision,
+        )
+        return pb.DescribeResponse(json=views.encode(described))
+
+    async def _ask_instances(
+        self, model_ids: set[str]
+    ) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, str]]:
+        """What the instances with a copy know of it, by (model, instance); and who was silent."""
+        asked = [
+            (copy.model_id, copy.instance_id)
+            for model_id in model_ids
+            for copy in self.view.copies_of(model_id)
+        ]
+        answers = await asyncio.gather(*(self._ask_instance(*pair) for pair in asked))
+        details: dict[tuple[str, str], dict[str, Any]] = {}
+        unreachable: dict[str, str] = {}
+        for pair, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, str):
+                unreachable[pair[1]] = answer
+            else:
+                details[pair] = answer
+        return details, unreachable
+
+    async def _ask_instance(self, model_id: str, instance_id: str) -> dict[str, Any] | str:
+        message = internal.DescribeRequest(model_id=model_id).SerializeToString()
+        try:
+            reply = await self.peers.channel(instance_id).unary(
+                DESCRIBE_PATH, message, timeout_s=DESCRIBE_TIMEOUT_S
+            )
+            document = orjson.loads(internal.DescribeResponse.FromString(reply.message).json)
+        except MeshError as error:
+            return error.message
+        except ValueError as error:  # protobuf's and orjson's decode errors are both one
+            return f"its answer cannot be read: {error}"
+        return document if isinstance(document, dict) else {"answer": document}
+
+    async def explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
+        name = request.name
+        if not isinstance(self.view.resolve(name), Resolved):
+            with contextlib.suppress(NotFound):  # that is an answer too
+                await self.oip.model_status(name)
+        found = self.view.resolve(name)
+        model_id = found.model_id if isinstance(found, Resolved) else ""
+        inflight = {
+            instance_id: self.dispatcher.inflight_on(model_id, instance_id)
+            for instance_id in self.view.loaded_on(model_id)
+        }
+        now_ms = self.now_ms()
+        told = explain(self.view, name, now_ms=now_ms, policy=self.policy, inflight=inflight)
+        instance_id = told.instance_id or ""
+        slot = self.view.instances.get(instance_id)
+        ranked = [c.instance_id for c in told.candidates if c.refusal is None]
+        view = views.Explanation(
+            name=name,
+            model_id=told.model_id,
+            action=told.outcome,
+            instance_id=instance_id,
+            address=slot.record.address if slot is not None else "",
+            reason=told.reason,
+            runner_up=told.runner_up or "",
+            candidates=tuple(_candidate(c, ranked, instance_id) for c in told.candidates),
+            view_revision=self.view.revision,
+            text=told.detail,
+            via=told.via,
+            state=told.state.value,
+            code=told.code,
+            target_model_id=told.target_model_id or "",
+            copies=tuple(
+                views.CopyView(
+                    instance_id=copy.instance_id,
+                    state=copy.state.value,
+                    size_bytes=copy.size_bytes,
+                    inflight=inflight.get(copy.instance_id, 0),
+                )
+                for copy in told.copies
+            ),
+            errors=told.errors,
+        )
+        return pb.ExplainResponse(json=views.encode(view))
+
+
+def _candidate(candidate: Candidate, ranked: list[str], chosen: str) -> views.Candidate:
+    reason = candidate.refusal or (
+        f"{candidate.free_bytes} bytes free, {candidate.loads_in_progress} loading"
+        + (", has to evict" if candidate.full else "")
+    )
+    rank = ranked.index(candidate.instance_id) + 1 if candidate.refusal is None else 0
+    return views.Candidate(
+        instance_id=candidate.instance_id,
+        reason=reason,
+        chosen=candidate.instance_id == chosen,
+        rank=rank,
+        full=candidate.full,
+        free_bytes=candidate.free_bytes,
+        loads_in_progress=candidate.loads_in_progress,
+        lru_at_ms=candidate.lru_at_ms,
+    )
+
+
+def _instance_row(slot: InstanceSlot) -> views.InstanceRow:
+    record = slot.record
+    return views.InstanceRow(
+        instance_id=record.instance_id,
+        address=record.address,
+        state=record.state.value,
+        capacity_bytes=record.capacity_bytes,
+        used_bytes=slot.effective_used_bytes,
+        model_count=len(slot.copies) - slot.loading,
+        loading_count=slot.loads_in_progress,
+        load_slots=record.load_slots,
+        lru_at_ms=record.lru_at_ms,
+        requests_per_minute=record.requests_per_minute,
+        started_at_ms=record.started_at_ms,
+        model_types=record.model_types,
+        zone=record.zone,
+        labels=record.labels,
+        metrics_address=record.metrics_address,
+        software_version=record.software_version,
+    )

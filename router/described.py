@@ -1,0 +1,107 @@
+"""Models for people, from the cluster view: rows and descriptions of the admin service.
+
+Pure: nothing is asked of anybody here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mesh import admin_views as views
+from mesh.core.status import model_status, name_status
+from mesh.core.types import CopyState, ModelRecord
+from mesh.core.view import ClusterView
+
+
+def model_row(view: ClusterView, name: str, now_ms: int) -> views.ModelRow:
+    """One name that clients use. A name that is gone has state NOT_FOUND."""
+    status = name_status(view, name, now_ms)
+    alias = view.vmodels.get(name)
+    model_id = status.model_id or (alias.active_model_id if alias is not None else name)
+    model = view.models.get(model_id)
+    copies = view.copies_of(model_id)
+    loaded = [copy for copy in copies if copy.state is CopyState.LOADED]
+    moving = alias is not None and alias.target_model_id != alias.active_model_id
+    target_id = alias.target_model_id if alias is not None and moving else ""
+    size_bytes = max((copy.size_bytes for copy in loaded), default=0)
+    if not size_bytes and model is not None:
+        size_bytes = model.size_bytes_measured or model.size_bytes_stated or 0
+    return views.ModelRow(
+        name=name,
+        model_id=model_id,
+        alias=alias is not None,
+        state=status.state.value,
+        model_type=model.model_type if model is not None else "",
+        path=model.path if model is not None else "",
+        copies_loaded=len(loaded),
+        copies_loading=len(copies) - len(loaded),
+        instance_ids=tuple(copy.instance_id for copy in copies),
+        size_bytes=size_bytes,
+        min_copies=model.min_copies if model is not None else 0,
+        pinned=model.pinned if model is not None else False,
+        created_at_ms=model.created_at_ms if model is not None else 0,
+        last_used_at_ms=view.last_used_at_ms(model_id),
+        failure=status.errors[0] if status.errors else "",
+        target_model_id=target_id,
+        target_state=model_status(view, target_id, now_ms).state.value if target_id else "",
+        target_failure=alias.failed if alias is not None and moving else "",
+    )
+
+
+def concrete_model(
+    view: ClusterView,
+    model: ModelRecord,
+    now_ms: int,
+    *,
+    details: Mapping[tuple[str, str], dict[str, Any]],
+    inflight_on: Callable[[str, str], int],
+) -> views.ConcreteModel:
+    """A concrete model with its copies and its failures, expired ones too until they are swept.
+
+    ``details`` are the instances' own words by (model, instance).
+    """
+    model_id = model.model_id
+    copies = tuple(
+        views.CopyView(
+            instance_id=copy.instance_id,
+            state=copy.state.value,
+            address=view.instances[copy.instance_id].record.address,
+            size_bytes=copy.size_bytes,
+            claimed_at_ms=copy.claimed_at_ms,
+            loaded_at_ms=copy.loaded_at_ms,
+            inflight=inflight_on(model_id, copy.instance_id),
+            details=details.get((model_id, copy.instance_id), {}),
+        )
+        for copy in view.copies_of(model_id)
+    )
+    failures = tuple(
+        views.FailureView(
+            instance_id=failure.instance_id,
+            code=failure.code,
+            message=failure.message,
+            failed_at_ms=failure.failed_at_ms,
+            expires_at_ms=failure.expires_at_ms,
+            expired=failure.expires_at_ms <= now_ms,
+        )
+        for failure in view.failures_of(model_id, 0)
+    )
+    return views.ConcreteModel(
+        model_id=model_id,
+        state=model_status(view, model_id, now_ms).state.value,
+        model_type=model.model_type,
+        path=model.path,
+        key=model.key,
+        size_bytes_stated=model.size_bytes_stated,
+        size_bytes_measured=model.size_bytes_measured,
+        min_copies=model.min_copies,
+        pinned=model.pinned,
+        max_concurrency=model.max_concurrency,
+        load_timeout_ms=model.load_timeout_ms,
+        auto_delete=model.auto_delete,
+        labels=model.labels,
+        created_at_ms=model.created_at_ms,
+        last_used_at_ms=view.last_used_at_ms(model_id),
+        copies=copies,
+        failures=failures,
+    )

@@ -1,0 +1,145 @@
+"""What the elected leader does: moves aliases whose target has loaded, and repairs.
+
+Level-triggered: ``LeaderLoop`` looks at the view when something in it has changed and now and then
+without that, asks the pure core (``mesh.core.transitions``, ``mesh.core.repair``) what to do, and
+does it. Nothing is remembered between two looks but the loads under way. Every write compares, so
+that two routers that both believe to lead for a moment do no harm.
+
+A step that fails (store away, instance gone) is logged and left to the next look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Final, assert_never
+
+from mesh.core.errors import MeshError
+from mesh.core.policy import Policy
+from mesh.core.repair import RepairPlan, plan_repair
+from mesh.core.transitions import (
+    LoadTarget,
+    MarkFailed,
+    Switch,
+    TransitionAction,
+    Wait,
+    plan_transitions,
+)
+from mesh.core.view import ClusterView
+from router.catalog import Catalog
+from router.loads import Loads
+
+log = logging.getLogger(__name__)
+
+# Changes come in bursts: one look answers all of this long.
+_GATHER_S: Final = 0.05
+
+
+class LeaderLoop:
+    """Run ``run()`` as a task; ``wake()`` at each change of the view. ``is_leader`` is asked before
+    each act, ``now_ms`` is the wall clock's reading."""
+
+    def __init__(
+        self,
+        view: ClusterView,
+        catalog: Catalog,
+        loads: Loads,
+        *,
+        policy: Policy,
+        is_leader: Callable[[], bool],
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._view = view
+        self._catalog = catalog
+        self._loads = loads
+        self._policy = policy
+        self._is_leader = is_leader
+        self._now_ms = now_ms
+        self._woken = asyncio.Event()
+        self._swept_at_s = -1e9
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    async def run(self) -> None:
+        """For ever."""
+        sweep_s = self._policy.leader_sweep_ms / 1_000
+        loop = asyncio.get_running_loop()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(sweep_s):
+                    await self._woken.wait()
+            await asyncio.sleep(_GATHER_S)
+            self._woken.clear()
+            try:
+                await self.move_aliases()
+                if loop.time() - self._swept_at_s >= sweep_s:
+                    self._swept_at_s = loop.time()
+                    await self.repair()
+            except MeshError as error:
+                log.warning("leader: %s", error.message)
+            except Exception:
+                log.exception("leader: a defect; going on")
+
+    async def move_aliases(self) -> None:
+        """One look at the aliases that are on their way."""
+        if not self._is_leader():
+            return
+        actions = plan_transitions(self._view, now_ms=self._now_ms(), policy=self._policy)
+        for action in actions:
+            if not self._is_leader():
+                return
+            await self._transit(action)
+
+    async def _transit(self, action: TransitionAction) -> None:
+        match action:
+            case Wait():
+                return
+            case LoadTarget():
+                log.info("alias %s: load %s on %s (%s)", action.name, action.model_id,
+                         action.placement.instance_id, action.reason)  # fmt: skip
+                # Through the shared loads: a failed instance is followed by the next one.
+                with contextlib.suppress(MeshError):
+                    self._loads.begin(action.model_id)
+            case Switch():
+                old_copies = self._copies(action.delete_model_id)
+                if await self._catalog.replace_alias(
+                    action.old, action.new, action.delete_model_id
+                ):
+                    log.info("alias %s: now %s instead of %s (%s)", action.new.name,
+                             action.new.active_model_id, action.old.active_model_id,
+                             action.reason)  # fmt: skip
+                    if gone is not None:
+                        self._loads.unload_soon(gone, old_copies)
+            case MarkFailed():
+                if await self._catalog.replace_alias(action.old, action.new):
+                    log.warning("alias %s: stays at %s: %s", action.new.name,
+                                action.new.active_model_id, action.new.failed)  # fmt: skip
+            case _:
+                assert_never(action)
+
+    async def repair(self) -> RepairPlan | None:
+        """One sweep; what it decided, None when this router does not lead."""
+        if not self._is_leader():
+            return None
+        now_ms = self._now_ms()
+        plan = plan_repair(self._view, now_ms=now_ms, policy=self._policy)
+        for order in plan.loads:
+            self._loads.ask_soon(order.model_id, order.placement, proactive=order.proactive)
+        for model_id, instance_id in plan.unload:
+            self._loads.unload_soon(model_id, (instance_id,))
+        for model_id in plan.delete_models:
+            if self._is_leader() and await self._catalog.delete_orphan(model_id):
+                log.info("model %s deleted: no alias names it", model_id)
+        if plan.delete_failures and self._is_leader():
+            await self._catalog.delete_failures(plan.delete_failures, now_ms)
+        for short in plan.shortfalls:
+            log.debug("model %s lacks %d copies: %s", short.model_id, short.missing, short.detail)
+        return plan
+
+    def _copies(self, model_id: str | None) -> tuple[str, ...]:
+        if model_id is None:
+            return ()
+        return tuple(copy.instance_id for copy in self._view.copies_of(model_id))

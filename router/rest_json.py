@@ -1,0 +1,44 @@
+"""Protobuf messages as the JSON that REST clients of the protocol expect.
+
+Not protobuf's own JSON: 64-bit integers stay numbers, names are the fields' own, enums are their
+names, and lists are there when they are empty. Only for the few messages of ``router.rest``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+
+def document_of(message: Message) -> dict[str, Any]:
+    """A message as a JSON object; unset messages are left out."""
+    document: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if _is_map(field):
+            document[field.name] = {
+                str(key): _value(field.message_type.fields_by_name["value"], item)
+                for key, item in sorted(value.items())
+            }
+        elif field.is_repeated:
+            document[field.name] = [_value(field, item) for item in value]
+        elif field.message_type is None or message.HasField(field.name):
+            document[field.name] = _value(field, value)
+    return document
+
+
+def _is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
+
+
+def _value(field: FieldDescriptor, value: Any) -> Any:
+    if field.message_type is not None:
+        return document_of(value)
+    if field.enum_type is not None:
+        known = field.enum_type.values_by_number.get(value)
+        return known.name if known is not None else value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value
