@@ -112,7 +112,10 @@ class Control(Outbound):
             self.peer_max_streams = frames.MAX_STREAM_ID  # no limit unless the peer names one
         for key, value in frames.parse_settings(payload):
             self._setting(key, value)
+        # The acknowledgement first: only behind it may data make use of a larger window.
         self.control(frames.SETTINGS_ACK)
+        if self._blocked:
+            self.resume()
         self.owner.on_settings(self)
 
     def _setting(self, key: int, value: int) -> None:
@@ -125,8 +128,6 @@ class Control(Outbound):
                 stream.send_window += delta
                 if stream.send_window > frames.MAX_WINDOW:
                     raise ProtocolError(ErrorCode.FLOW_CONTROL_ERROR, "stream window too large")
-            if delta > 0:
-                self.resume()
         elif key == frames.SETTINGS_MAX_FRAME_SIZE:
             if not frames.DEFAULT_FRAME_BYTES <= value <= frames.MAX_FRAME_BYTES:
                 raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "max frame size out of range")
