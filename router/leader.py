@@ -104,10 +104,9 @@ class LeaderLoop:
                 with contextlib.suppress(MeshError):
                     self._loads.begin(action.model_id)
             case Switch():
-                old_copies = self._copies(action.delete_model_id)
-                if await self._catalog.replace_alias(
-                    action.old, action.new, action.delete_model_id
-                ):
+                gone = action.delete_model_id
+                old_copies = self._copies(gone)
+                if await self._catalog.replace_alias(action.old, action.new, gone):
                     log.info("alias %s: now %s instead of %s (%s)", action.new.name,
                              action.new.active_model_id, action.old.active_model_id,
                              action.reason)  # fmt: skip

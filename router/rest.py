@@ -71,7 +71,6 @@ class Rest:
         app.router.add_get("/v2/health/live", self.live)
         app.router.add_get("/v2/health/ready", self.ready)
         app.router.add_get("/v2/models", self.models)
-        app.router.add_get("/v2/models/stats", self.no_stats_of_all)
         app.router.add_post("/v2/repository/index", self.repository_index)
         app.router.add_post("/v2/repository/models/{model}/load", self.repository_load)
         app.router.add_post("/v2/repository/models/{model}/unload", self.repository_unload)
@@ -111,7 +110,7 @@ class Rest:
         )
         return _relayed(reply)
 
-    # ---- a model's own answers --------------------------------------------------------------------
+    # ---- a model's own answers ------------------------------------------------------------------
 
     async def model_metadata(self, request: web.Request) -> web.Response:
         answer = pb.ModelMetadataResponse()
@@ -173,9 +172,6 @@ class Rest:
 
     async def models(self, _: web.Request) -> web.Response:
         return _json({"models": self.oip.client_names()})
-
-    async def no_stats_of_all(self, _: web.Request) -> web.Response:
-        raise Unimplemented("statistics are kept by model: GET /v2/models/NAME/stats")
 
     async def no_explain(self, _: web.Request) -> web.Response:
         raise Unimplemented("explanations of predictions are not supported yet")
@@ -294,7 +290,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except MeshError as error:
         return error_response(error)
     except web.HTTPRequestEntityTooLarge as error:
-        text = f"the body is over the limit of {error.max_size} bytes"  # type: ignore[attr-defined]
+        text = f"the body is over the limit of {error.max_size} bytes"
         return web.Response(body=orjson.dumps({"error": text}), status=413, content_type=_JSON)
     except web.HTTPNotFound:
         return error_response(NotFound(f"there is nothing at {request.path}"))

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 
 def document_of(message: Message) -> dict[str, Any]:
     """A message as a JSON object; unset messages are left out."""
     document: dict[str, Any] = {}
+    field: Any  # two classes of descriptors, by protobuf's implementation
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
-        if _is_map(field):
-            document[field.name] = {
-                str(key): _value(field.message_type.fields_by_name["value"], item)
-                for key, item in sorted(value.items())
-            }
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            item_field = field.message_type.fields_by_name["value"]
+            items = {str(key): _value(item_field, item) for key, item in sorted(value.items())}
+            document[field.name] = items
         elif field.is_repeated:
             document[field.name] = [_value(field, item) for item in value]
         elif field.message_type is None or message.HasField(field.name):
@@ -29,11 +28,7 @@ def document_of(message: Message) -> dict[str, Any]:
     return document
 
 
-def _is_map(field: FieldDescriptor) -> bool:
-    return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
-
-
-def _value(field: FieldDescriptor, value: Any) -> Any:
+def _value(field: Any, value: Any) -> Any:
     if field.message_type is not None:
         return document_of(value)
     if field.enum_type is not None:
