@@ -1,7 +1,8 @@
 """The back end of the relay measurements: answers each unary call with the request's bytes.
 
-It obeys HTTP/2 windows in both directions: ``mesh.wire.server``, as an instance uses it.
-``python -m bench.echo PORT``
+It obeys HTTP/2 windows in both directions and replies when it has the whole request, as an
+instance does, but it keeps the pieces as they came: little of the core that it shares with the
+proxy goes into it. ``python -m bench.echo PORT``
 """
 
 from __future__ import annotations
@@ -13,17 +14,63 @@ import sys
 
 import uvloop
 
-from bench.payload import INFER_PATH
+from mesh.wire import hpack
+from mesh.wire.head import RequestHead
 from mesh.wire.limits import INSIDE
-from mesh.wire.server import Server, ServerCall, Unary
+from mesh.wire.outbound import Outbound
+from mesh.wire.server import Server
+from mesh.wire.stream import Buffer, Stream
+
+REPLY_BLOCK = hpack.encode([(b":status", b"200"), (b"content-type", b"application/grpc")])
+TRAILERS_BLOCK = hpack.encode([(b"grpc-status", b"0")])
 
 
-def echo(call: ServerCall, message: bytes) -> None:
-    call.reply(message)
+class EchoStream(Stream):
+    """Keeps what it receives and sends it when the request has ended."""
+
+    __slots__ = ("pieces",)
+
+    def __init__(self, conn: Outbound, stream_id: int) -> None:
+        super().__init__(conn, stream_id)
+        self.pieces: list[bytes] = []
+
+    def on_data(self, data: Buffer, end: bool) -> None:
+        # A view would keep the connection's read buffer from being used again.
+        self.pieces.append(data if type(data) is bytes else bytes(data))
+        if not end:
+            self.consume(len(data))
+            return
+        self.send_headers(REPLY_BLOCK, False)
+        # In one piece, so that it leaves in frames of full size: HAProxy 2.6 ends a connection with
+        # INTERNAL_ERROR when several streams send it DATA of odd sizes at once.
+        if len(self.pieces) == 1:
+            self.send_data(self.pieces[0], False)
+        else:
+            self.send_data(memoryview(b"".join(self.pieces)), False)
+        self.pieces = []
+        self.send_trailers(TRAILERS_BLOCK)
+
+    def on_reset(self, code: int) -> None:
+        self.pieces = []
+
+
+class EchoEverything:
+    """A server's fallback: every path is an echo."""
+
+    def new_stream(
+        self, conn: Outbound, stream_id: int, head: RequestHead, end: bool
+    ) -> Stream | None:
+        stream = EchoStream(conn, stream_id)
+        stream.remote_closed = end
+        stream.grow_window(conn.limits.accepted_window_bytes)
+        conn.streams[stream_id] = stream
+        if end:
+            stream.on_data(b"", True)
+        return stream
 
 
 async def serve(port: int) -> None:
-    server = Server({INFER_PATH: Unary(echo)}, limits=INSIDE)
+    server = Server({}, limits=INSIDE, fallback=EchoEverything())
     await server.start("127.0.0.1", port)
     gc.freeze()
     stopped = asyncio.Event()

@@ -1,7 +1,7 @@
 """Child processes of a benchmark: pinned, waited for, measured through /proc, ended by their pid.
 
 CPU is utime + stime of ``/proc/PID/stat`` (all threads of the process), in clock ticks of 10 ms:
-a run must last several of them. Fails with ``BenchError`` that names the process and its last words.
+a run must last several of them. Fails with ``BenchError`` that names the process and what it said.
 """
 
 from __future__ import annotations

@@ -282,7 +282,9 @@ def slow_reader(report: Report, effort: Effort, running: dict[str, Proxy], bodie
     growth: dict[str, float] = {}
     for target in chosen(running, "mesh", "haproxy", "envoy"):
         try:
-            grown, others_served = slow_reader_growth(target, infer_message(MODEL, LARGE_BYTES))
+            grown, others_served = slow_reader_growth(
+                target, infer_message(MODEL, LARGE_BYTES), infer_message(MODEL, SMALL_BYTES)
+            )
         except Unavailable as missing:
             report.note(f"skipped: {missing}")
             return

@@ -23,15 +23,15 @@ CALL_TIMEOUT_S = 5.0
 CHUNK_BYTES = 16_384
 
 
-def slow_reader_growth(target: Proxy, message: bytes) -> tuple[int, bool]:
+def slow_reader_growth(target: Proxy, large: bytes, small: bytes) -> tuple[int, bool]:
     """(growth of the proxy's peak RSS in bytes, whether another client was served meanwhile)."""
     if importlib.util.find_spec("h2") is None:
         raise Unavailable("the slow reader needs the h2 package (pip install h2)")
     target.child.reset_peak_rss()
     before = target.child.rss_bytes()
     with socket.create_connection(("127.0.0.1", target.port)) as connection:
-        send_without_reading(connection, framed(message), target.port)
-        served = _another_client_is_served(target.port, message[:0] or message)
+        send_without_reading(connection, framed(large), target.port)
+        served = _another_client_is_served(target.port, small)
     return max(0, target.child.peak_rss_bytes() - before), served
 
 
@@ -83,7 +83,7 @@ def _another_client_is_served(port: int, message: bytes) -> bool:
         f"127.0.0.1:{port}", options=(("grpc.use_local_subchannel_pool", 1),)
     ) as channel:
         try:
-            reply = channel.unary_unary(INFER_PATH)(message[:0], timeout=CALL_TIMEOUT_S)
+            reply = channel.unary_unary(INFER_PATH)(message, timeout=CALL_TIMEOUT_S)
         except grpc.RpcError:
             return False
-    return bool(reply == message[:0])
+    return bool(reply == message)
