@@ -27,6 +27,7 @@ from puller.settings import PullerSettings
 from puller.source import ObjectChangedError, TransientSourceError
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ClientConfig, S3Config, S3Credential
 
 _STATUS: Final = re.compile(r"status code: (\d{3})")
@@ -78,14 +79,15 @@ class S3Source:
 
     async def read(self, source: RemoteObject, start: int, end: int) -> AsyncIterator[bytes]:
         options: obstore.GetOptions = {}
-        if source.etag is not None:
+        # If-Match never holds for a weak ETag; the reply's is compared below in any case.
+        if source.etag is not None and not source.etag.startswith("W/"):
             options["if_match"] = source.etag
         if (start, end) != (0, source.size_bytes):
             options["range"] = (start, end)
         try:
             result = await obstore.get_async(self._store, source.key, options=options)
             if result.meta["size"] != source.size_bytes or (
-                source.etag is not None and result.meta["e_tag"] != source.etag
+                source.etag is not None and _quoted(result.meta["e_tag"]) != source.etag
             ):
                 raise ObjectChangedError(source.key)  # a server that ignores If-Match
             async for chunk in result.stream(min_chunk_size=self._settings.chunk_bytes):
@@ -101,7 +103,7 @@ class S3Source:
             )
             async for chunk in listing:
                 for meta in chunk:
-                    found.append(RemoteObject(meta["path"], meta["size"], meta["e_tag"]))
+                    found.append(_object(meta["path"], meta))
                 if len(found) > self._settings.max_artifact_files:
                     raise LoadFailed(
                         f"{self._location.uri} has more than "
@@ -118,7 +120,16 @@ class S3Source:
             return None
         except (exceptions.BaseError, OSError, ValueError) as error:
             raise classify(error, self._location, self._location.prefix) from None
-        return RemoteObject(self._location.prefix, meta["size"], meta["e_tag"])
+        return _object(self._location.prefix, meta)
+
+
+def _object(key: str, meta: ObjectMeta) -> RemoteObject:
+    return RemoteObject(key, meta["size"], _quoted(meta["e_tag"]))
+
+
+def _quoted(etag: str | None) -> str | None:
+    """As RFC 9110 writes it: some servers leave the quotes out of their listings."""
+    return etag if etag is None or '"' in etag else f'"{etag}"'
 
 
 def _open_store(location: S3Location, settings: PullerSettings) -> S3Store:
@@ -202,16 +213,16 @@ def classify(error: Exception, location: S3Location, key: str | None) -> Excepti
         return LoadFailed(f"{uri} does not exist at {where}")
     if code == "RequestTimeTooSkewed":
         return LoadFailed(f"{uri}: {where} refused: the clock of this machine is wrong")
+    hint = (
+        "; no credentials were given: name a storage key or set the AWS environment"
+        if location.credentials.anonymous
+        else ""
+    )
     if status in (401, 403) or code in _REFUSED:
-        hint = (
-            "; no credentials were given: name a storage key or set the AWS environment"
-            if location.credentials.anonymous
-            else ""
-        )
         return LoadFailed(
             f"{uri}: {where} refused access with {location.credentials_from} ({said}){hint}"
         )
-    if code in _ELSEWHERE or status in (301, 307):
+    if code in _ELSEWHERE or status in (301, 307) or "incorrectly configured region" in text:
         return LoadFailed(
             f"{uri}: the bucket is not in region {location.region!r} ({said}); "
             f"set 'region' in {location.credentials_from}"
@@ -219,7 +230,7 @@ def classify(error: Exception, location: S3Location, key: str | None) -> Excepti
     if status in (408, 429) or status >= 500:
         return TransientSourceError(f"{where} answered {said}")
     if status >= 400:
-        return LoadFailed(f"{uri}: {where} refused the request ({said})")
+        return LoadFailed(f"{uri}: {where} refused the request ({said}){hint}")
     if "certificate" in text.lower() or "UnknownIssuer" in text:
         return LoadFailed(
             f"{uri}: the TLS certificate of {where} is not trusted or does not match; put the CA "
