@@ -194,9 +194,8 @@ def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedMo
             f"({', '.join(SUPPORTED_KINDS)}); found {kind!r}"
         )
     top.text("apiVersion", required=API_VERSION, choices=(API_VERSION,))
-    metadata = top.fields("metadata", required="a mapping with a name")
-    spec = top.fields("spec", required="a mapping with a predictor")
-    assert metadata is not None and spec is not None
+    metadata = top.fields("metadata", expected="a mapping with a name")
+    spec = top.fields("spec", expected="a mapping with a predictor")
     namespace = metadata.text("namespace")
     if namespace:
         check_namespace(namespace, "metadata.namespace")
@@ -206,8 +205,7 @@ def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedMo
     for silent in kserve_fields.METADATA:
         metadata.take(silent)
     metadata.close()
-    predictor = spec.fields("predictor", required="a mapping with a model")
-    assert predictor is not None
+    predictor = spec.fields("predictor", expected="a mapping with a model")
     spec.close(kserve_fields.SPEC)
     top.take("status")
     top.close()
@@ -351,12 +349,10 @@ def _read_predictor(
         raise InvalidArgument(f"{predictor.path}: expected {expected}; found {said}")
     form = forms[0]
     implementation = predictor.fields(form)
-    assert implementation is not None
     version = ""
     model_type = form
     if form == "model":
-        model_format = implementation.fields("modelFormat", required="a mapping with a name")
-        assert model_format is not None
+        model_format = implementation.fields("modelFormat", expected="a mapping with a name")
         model_type = model_format.text("name", required="the format's name, for example onnx")
         version = model_format.text("version")
         model_format.close()
@@ -401,7 +397,7 @@ def _read_storage(
 ) -> tuple[str, dict[str, Any]]:
     """(path, the storage's part of ModelMesh's key)"""
     uri = implementation.text("storageUri")
-    storage = implementation.fields("storage")
+    storage = implementation.optional_fields("storage")
     if (storage is None) == (not uri):
         said = "neither" if storage is None else "both"
         raise InvalidArgument(

@@ -95,14 +95,16 @@ class Fields:
         inner = Fields(value, self.at(key), self._warnings)
         return {name: inner.text(name) for name in value if value[name] is not None}
 
-    def fields(self, key: str, *, required: str = "") -> Fields | None:
-        """The mapping below ``key``; None when absent and not required."""
+    def fields(self, key: str, *, expected: str = "a mapping") -> Fields:
+        """The mapping below ``key``, which must be there."""
         value = self.take(key)
-        if value is None and not required:
-            return None
         if not isinstance(value, dict):
-            raise wrong(self.at(key), required or "a mapping", value)
+            raise wrong(self.at(key), expected, value)
         return Fields(value, self.at(key), self._warnings)
+
+    def optional_fields(self, key: str) -> Fields | None:
+        """The mapping below ``key``, None when absent."""
+        return self.fields(key) if self.take(key) is not None else None
 
     def close(self, kept: Collection[str] = ()) -> None:
         """Warn of every field that nobody read: one of ``kept`` is known, the rest is not."""

@@ -47,7 +47,11 @@ class InstanceSlot:
 
     @property
     def effective_free_bytes(self) -> int:
-        return max(0, self.record.capacity_bytes - self.effective_used_bytes)
+        # Written out, not through effective_used_bytes: a placement reads it of every instance.
+        record, copies_bytes = self.record, self.copies_bytes
+        used_bytes = record.used_bytes if record.used_bytes > copies_bytes else copies_bytes
+        free_bytes = record.capacity_bytes - used_bytes - self.pending_bytes
+        return free_bytes if free_bytes > 0 else 0
 
     @property
     def loads_in_progress(self) -> int:
