@@ -77,7 +77,9 @@ class EtcdStore:
         logged = _Seldom()
         while True:
             try:
-                await self._range_page(*self._keys.span(""), limit=1, revision=0, what="a first")
+                await self._range_page(
+                    *self._keys.span(""), limit=1, revision=0, what="a first read"
+                )
             except StoreUnavailable as error:
                 if self._rpc.closed:
                     raise
@@ -200,6 +202,8 @@ class EtcdStore:
                     yield snapshot
                 async with aclosing(self._changes(prefix, next_revision)) as stream:
                     async for changes in stream:
+                        if failures:
+                            logger.info("the watch of %s%s goes on", self.root, prefix)
                         failures = 0
                         next_revision = changes.revision + 1
                         if changes.events:
@@ -231,6 +235,7 @@ class EtcdStore:
                 # This etcd knows less than we have seen: another one, or restored from a backup
                 # (or a member that lags, whose range then waits until it has caught up).
                 raise Compacted("etcd's revision went backwards")
+            yield Changes((), start_revision - 1)  # it stands
             pending: list[Any] = []
             while True:
                 reply = await stream.read(timeout_s if pending else None)
@@ -259,8 +264,7 @@ class EtcdStore:
         return etcd_pb2.WatchRequest(create_request=create)
 
     async def close(self) -> None:
-        for lease in self._leases:
-            lease.stop()
+        await asyncio.gather(*(lease.stop() for lease in self._leases))
         await self._rpc.close()
 
 

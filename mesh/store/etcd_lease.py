@@ -56,7 +56,7 @@ class EtcdLease:
 
     async def revoke(self) -> None:
         """Its keys go at once. Raises StoreUnavailable; then they go when its time is over."""
-        self.stop()
+        await self.stop()
         request = etcd_pb2.LeaseRevokeRequest(ID=self._lease_id)
         what = f"revoking lease {self._lease_id:x}"
         try:
@@ -66,9 +66,10 @@ class EtcdLease:
         finally:
             self._valid_until_s = 0.0
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """No more renewals."""
         self._task.cancel()
+        await asyncio.wait([self._task])
 
     async def _keep_alive(self) -> None:
         loop = asyncio.get_running_loop()
