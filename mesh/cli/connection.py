@@ -8,7 +8,6 @@ path.
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ _LOST: Final = (
     "dns resolution failed",
     "broken pipe",
     "handshake",
+    "http1.x server",
 )
 
 
@@ -56,13 +56,13 @@ class Connection:
     """An open channel, as a context manager. Threads may share it."""
 
     def __init__(self, target: Target, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Raises CommandError when nothing listens there."""
         self._target = target
+        # A plain connection first: it tells within milliseconds, and in plain words, what a
+        # channel tells late and at length.
+        if fault := _socket_fault(target, connect_timeout_s):
+            raise _unreachable(target, fault)
         self._channel = _open_channel(target)
-        try:
-            self._wait_until_connected(connect_timeout_s)
-        except BaseException:
-            self._channel.close()
-            raise
 
     def __enter__(self) -> Connection:
         return self
@@ -119,33 +119,11 @@ class Connection:
     def _admin(self, method: str, request: Any, timeout_s: float) -> bytes:
         return self.call(ADMIN + method, request.SerializeToString(), timeout_s=timeout_s)
 
-    def _wait_until_connected(self, timeout_s: float) -> None:
-        """Fail at the first refusal instead of waiting out the time-out, as grpcio would."""
-        settled = threading.Event()
-        states: list[grpc.ChannelConnectivity] = []
-
-        def changed(state: grpc.ChannelConnectivity) -> None:
-            if state in (
-                grpc.ChannelConnectivity.READY,
-                grpc.ChannelConnectivity.TRANSIENT_FAILURE,
-                grpc.ChannelConnectivity.SHUTDOWN,
-            ):
-                states.append(state)
-                settled.set()
-
-        self._channel.subscribe(changed, try_to_connect=True)
-        try:
-            settled.wait(timeout_s)
-        finally:
-            self._channel.unsubscribe(changed)
-        if not states or states[0] is not grpc.ChannelConnectivity.READY:
-            raise _unreachable(self._target, "" if states else f"no answer in {timeout_s:g} s")
-
     def _explain(self, error: grpc.RpcError, timeout_s: float) -> CommandError:
         code: grpc.StatusCode = error.code()
         details = (error.details() or "").strip() or "no further detail"
         if code is grpc.StatusCode.UNAVAILABLE and any(w in details.lower() for w in _LOST):
-            return _unreachable(self._target, details)
+            return self._lost(details)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return CommandError(
                 f"no answer from {self._target.address} within {timeout_s:g} s ({details}); "
@@ -158,6 +136,13 @@ class Connection:
                 "is it a router of this mesh, and of this version?"
             )
         return CommandError(f"{code.name}: {details}")
+
+    def _lost(self, details: str) -> CommandError:
+        fault = _socket_fault(self._target, CONNECT_TIMEOUT_S)
+        tls = "with TLS" if self._target.tls else "without TLS (--tls)"
+        return _unreachable(
+            self._target, fault or f"the connection broke ({details}); is it gRPC, {tls}"
+        )
 
 
 def _open_channel(target: Target) -> grpc.Channel:
@@ -189,7 +174,6 @@ def _read(path: Path | None, flag: str) -> bytes | None:
 
 
 def _unreachable(target: Target, reason: str) -> CommandError:
-    reason = _socket_fault(target) or reason or "the connection failed"
     return CommandError(
         f"cannot reach the mesh at {target.address}: {reason}; "
         "is it up (`mesh up`), and is the address right (--address or MESH_ADDRESS)?",
@@ -197,14 +181,15 @@ def _unreachable(target: Target, reason: str) -> CommandError:
     )
 
 
-def _socket_fault(target: Target) -> str:
-    """What a plain connection says, because grpcio's own words are long; "" when it works."""
+def _socket_fault(target: Target, timeout_s: float) -> str:
+    """Why nothing can be connected to at the address; "" when something listens there."""
     host, colon, port = target.address.rpartition(":")
-    if not colon or not port.isdigit():
+    if not colon or not port.isdigit() or not 0 < int(port) < 65_536:
         return "the address is not HOST:PORT"
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    tls = "TLS was refused or the certificate does not fit" if target.tls else ""
-    return tls or "something listens there, but it does not speak gRPC without TLS"
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except TimeoutError:
+        return f"no answer within {timeout_s:g} s"
+    except (OSError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""

@@ -18,6 +18,7 @@ from mesh.cli.exits import CommandError, Exit
 from mesh.cli.quantities import parse_duration_ms, parse_size
 
 COMMANDS: Final = ("up", "router", "instance")
+DEFAULT_ETCD: Final = "127.0.0.1:2379"
 
 
 class LogLevel(str, Enum):  # noqa: UP042 - typer shows the values of a str enum
@@ -59,7 +60,6 @@ def _env(name: str) -> str:
     return f"MESH_{name}"
 
 
-Port = Annotated[int, typer.Option(min=0, max=65_535)]
 EtcdOption = Annotated[
     list[str] | None,
     typer.Option("--etcd", envvar=_env("ETCD"), metavar="HOST:PORT,...", help="etcd's endpoints."),
@@ -135,6 +135,14 @@ CacheSizeOption = Annotated[
         help="Disk for fetched artifacts.",
     ),
 ]
+PerModelMetricsOption = Annotated[
+    bool,
+    typer.Option(
+        "--per-model-metrics",
+        envvar=_env("PER_MODEL_METRICS"),
+        help="A label with the model's name on the metrics: costs memory with many models.",
+    ),
+]
 MessageSizeOption = Annotated[
     Any,
     typer.Option(
@@ -198,6 +206,7 @@ def up(
     storage_config: StorageConfigOption = None,
     cache_size: CacheSizeOption = "20GiB",
     max_message_size: MessageSizeOption = "16MiB",
+    per_model_metrics: PerModelMetricsOption = False,
     prefix: PrefixOption = "mesh",
     namespace: NamespaceOption = "default",
     log_level: LogLevelOption = LogLevel.info,
@@ -213,7 +222,10 @@ def up(
 
     check_tls(tls_cert, tls_key, tls_client_ca)
     check_folders(file_root, storage_config)
-    message_flags = ("--max-message-size", str(max_message_size))
+    both_flags = (
+        *("--max-message-size", str(max_message_size)),
+        *(("--per-model-metrics",) if per_model_metrics else ()),
+    )
     settings = UpSettings(
         data_dir=data_dir,
         instances=instances,
@@ -232,13 +244,13 @@ def up(
             *_flag("--tls-cert", tls_cert),
             *_flag("--tls-key", tls_key),
             *_flag("--tls-client-ca", tls_client_ca),
-            *message_flags,
+            *both_flags,
         ),
         instance_flags=(
             *(("--allow-pickle",) if allow_pickle else ()),
             *_flag("--storage-config", storage_config),
             *("--cache-size", str(cache_size)),
-            *message_flags,
+            *both_flags,
         ),
         log_level=log_level.value,
         verbose=verbose,
@@ -263,10 +275,38 @@ def router(
     tls_key: TlsKeyOption = None,
     tls_client_ca: TlsClientCaOption = None,
     max_message_size: MessageSizeOption = "16MiB",
+    per_model_metrics: PerModelMetricsOption = False,
     log_level: LogLevelOption = LogLevel.info,
 ) -> None:
     """One router, against an etcd that is already there."""
-    raise NotImplementedError
+    from dataclasses import replace
+
+    from mesh.wire.limits import INSIDE, PUBLIC
+    from router.process import serve
+    from router.settings import RouterSettings, TlsFiles
+
+    check_tls(tls_cert, tls_key, tls_client_ca)
+    tls = TlsFiles(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
+    try:
+        settings = RouterSettings(
+            host=host,
+            grpc_port=grpc_port,
+            rest_port=rest_port,
+            metrics_host=metrics_host,
+            metrics_port=metrics_port,
+            etcd_endpoints=endpoints(etcd or [DEFAULT_ETCD]),
+            prefix=prefix,
+            namespace=namespace,
+            tls=tls,
+            per_model_metrics=per_model_metrics,
+            software_version=software_version(),
+            limits=replace(PUBLIC, max_message_bytes=max_message_size),
+            inside_limits=replace(INSIDE, max_message_bytes=max_message_size),
+        )
+    except ValueError as error:
+        raise CommandError(str(error), Exit.USAGE) from error
+    set_up_logging(log_level)
+    raise typer.Exit(serve(settings))
 
 
 def instance(
@@ -318,12 +358,14 @@ def instance(
         int, typer.Option(min=1, max=1024, envvar=_env("THREADS"), help="Inferences at once.")
     ] = 4,
     max_message_size: MessageSizeOption = "16MiB",
+    per_model_metrics: PerModelMetricsOption = False,
     log_level: LogLevelOption = LogLevel.info,
 ) -> None:
     """One serving pod, against an etcd that is already there."""
     from dataclasses import replace
 
     from mesh.core.policy import Policy
+    from mesh.instance.process import serve
     from mesh.instance.settings import InstanceSettings
     from mesh.wire.limits import INSIDE
     from puller.settings import PullerSettings
@@ -345,7 +387,7 @@ def instance(
             metrics_host=metrics_host,
             metrics_port=metrics_port,
             capacity_bytes=capacity,
-            etcd_endpoints=endpoints(etcd or ["127.0.0.1:2379"]),
+            etcd_endpoints=endpoints(etcd or [DEFAULT_ETCD]),
             prefix=prefix,
             namespace=namespace,
             name=name,
@@ -353,13 +395,15 @@ def instance(
             inference_threads=threads,
             zone=zone,
             labels=tuple(label or ()),
+            per_model_metrics=per_model_metrics,
             software_version=software_version(),
             policy=replace(Policy(), load_timeout_ms=load_timeout, load_slots=load_slots),
             limits=replace(INSIDE, max_message_bytes=max_message_size),
         )
     except ValueError as error:
         raise CommandError(str(error), Exit.USAGE) from error
-    raise NotImplementedError(settings)
+    set_up_logging(log_level)
+    raise typer.Exit(serve(settings))
 
 
 def check_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,8 @@ from mesh.cli.connection import Connection, Target
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.quantities import format_size
 from mesh.folder_sync import Applied, Applier, SyncRefused, SyncUnavailable
+from mesh.samples import EXAMPLES
+from mesh.up.settings import Addresses
 from protos import oip_pb2
 
 _METADATA: Final = "/inference.GRPCInferenceService/ModelMetadata"
@@ -24,6 +27,7 @@ _APPLY_TIMEOUT_S: Final = 30.0
 _METADATA_TIMEOUT_S: Final = 20.0
 # A request that does not fit on a screen is not for pasting.
 _ELEMENTS_MAX: Final = 64
+_EXAMPLE_FIELDS: Final = frozenset({"model", "path", "request", "response"})
 
 
 class MeshApplier:
@@ -83,23 +87,28 @@ class CommandLineFront:
     def capacity_text(self, capacity_bytes: int) -> str:
         return format_size(capacity_bytes)
 
-    def request_to_paste(self, grpc: str, rest: str, model: str | None) -> str:
+    def request_to_paste(
+        self, addresses: Addresses, models: Sequence[str], folder: Path | None
+    ) -> str:
+        curl = f"curl -s http://{addresses.rest}"
         if self._tls_cert is not None:
-            curl = f"curl -s --cacert {shlex.quote(str(self._tls_cert))} https://{rest}"
-        else:
-            curl = f"curl -s http://{rest}"
-        body = self._example(grpc, model) if model is not None else None
-        if body is None:
+            cert = shlex.quote(str(self._tls_cert))
+            curl = f"curl -s --cacert {cert} https://{addresses.rest}"
+        if not models:
+            return f"No model yet: `mesh apply -f FILE`, or --models DIR. Ask:\n  {curl}/v2"
+        example = _from_folder(folder, models) if folder is not None else None
+        if example is not None:
+            body = shlex.quote(json.dumps(example["request"]))
+            answer = json.dumps(example["response"])
             return (
-                "Nothing is registered yet: `mesh apply -f FILE`, or --models DIR. Ask:\n"
-                f"  {curl}/v2\n"
-                if model is None
-                else f"Ask for its models:\n  mesh --address {grpc} get models\n"
+                f"A request to paste:\n  {curl}{example['path']} -d {body}\n"
+                f"and its answer:\n  {answer}"
             )
-        return (
-            "A request to paste:\n"
-            f"  {curl}/v2/models/{model}/infer -d {shlex.quote(json.dumps(body))}\n"
-        )
+        request = self._example(addresses.grpc, models[0])
+        if request is None:
+            return f"Ask for its models:\n  mesh --address {addresses.grpc} get models"
+        body = shlex.quote(json.dumps(request))
+        return f"A request to paste:\n  {curl}/v2/models/{models[0]}/infer -d {body}"
 
     def _example(self, grpc: str, model: str) -> dict[str, Any] | None:
         """A request of the right shape; None when the model does not tell or is too large."""
@@ -113,6 +122,17 @@ class CommandLineFront:
         except CommandError:
             return None
         return example_request(oip_pb2.ModelMetadataResponse.FromString(reply))
+
+
+def _from_folder(folder: Path, models: Sequence[str]) -> dict[str, Any] | None:
+    """The first example of ``mesh.samples`` beside the models, if they are samples."""
+    try:
+        examples = json.loads((folder / EXAMPLES).read_text("utf-8"))
+        fitting = (one for one in examples if one["model"] in models)
+        example: dict[str, Any] | None = next(fitting, None)
+        return example if example is None or example.keys() >= _EXAMPLE_FIELDS else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def example_request(metadata: oip_pb2.ModelMetadataResponse) -> dict[str, Any] | None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, Protocol
 
 from mesh.folder_sync import Applier, FolderSync
 from mesh.up.assembly import Assembly, assemble
 from mesh.up.layout import DataDir, UpRefused, locked
-from mesh.up.settings import UpSettings
+from mesh.up.settings import Addresses, UpSettings
 from mesh.up.supervisor import Supervisor
 from mesh.up.terminal import Terminal
 
@@ -26,7 +28,9 @@ class Front(Protocol):
 
     def applier(self, address: str) -> Applier: ...
 
-    def request_to_paste(self, grpc: str, rest: str, model: str | None) -> str:
+    def request_to_paste(
+        self, addresses: Addresses, models: Sequence[str], folder: Path | None
+    ) -> str:
         """A few lines that a person can paste. Never raises; may take seconds."""
 
     def capacity_text(self, capacity_bytes: int) -> str: ...
@@ -115,9 +119,7 @@ async def _announce(
 ) -> None:
     names = sorted(sync.names) if sync is not None else []
     addresses = assembly.addresses
-    paste = await asyncio.to_thread(
-        front.request_to_paste, addresses.grpc, addresses.rest, names[0] if names else None
-    )
+    paste = await asyncio.to_thread(front.request_to_paste, addresses, names, settings.models)
     registered = f", {len(names)} models from {settings.models}" if sync is not None else ""
     lines = [
         f"mesh is ready: gRPC {addresses.grpc}, REST {addresses.rest}{registered}",
