@@ -289,8 +289,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     except MeshError as error:
         return error_response(error)
-    except web.HTTPRequestEntityTooLarge as error:
-        text = f"the body is over the limit of {error.max_size} bytes"
+    except web.HTTPRequestEntityTooLarge:
+        text = f"the body is over the limit of {request.client_max_size} bytes"
         return web.Response(body=orjson.dumps({"error": text}), status=413, content_type=_JSON)
     except web.HTTPNotFound:
         return error_response(NotFound(f"there is nothing at {request.path}"))

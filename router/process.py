@@ -1,0 +1,405 @@
+"""The router process: puts the parts together, starts them in order, and drains on SIGTERM.
+
+Order at the start: the metrics listener (so that a router that waits can be seen waiting), the
+store, a first whole view, then gRPC and REST, then the election. Nothing is answered before the
+view has synced. On SIGTERM or SIGINT the router says that it is not ready, goes on for
+``drain_notice_ms``, sends GOAWAY, lets what is in flight finish for ``drain_timeout_ms`` at most,
+and ends with 0. When a part that must run for ever ends, the process ends with 1 for its supervisor
+to start it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import secrets
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from mesh.core.errors import MeshError, Unimplemented
+from mesh.core.types import CopyState
+from mesh.core.view import ClusterView
+from mesh.election import Election
+from mesh.metrics import RouterMetrics
+from mesh.oip import reflection_data
+from mesh.registry import LEADER_KEY
+from mesh.store.api import KVStore
+from mesh.store.etcd import EtcdStore
+from mesh.store.etcd_rpc import EtcdOptions
+from mesh.view_sync import ViewSync
+from mesh.wire.calls import Method, ServerCall, Unary
+from mesh.wire.client import Channel
+from mesh.wire.head import RequestHead
+from mesh.wire.messages import Metadata
+from mesh.wire.relay import Relay, Upstream
+from mesh.wire.server import Server
+from router import reflection
+from router.admin import Admin
+from router.catalog import Catalog
+from router.dispatch import Dispatcher
+from router.gateway import Gateway
+from router.health import Health
+from router.leader import LeaderLoop
+from router.listeners import HTTP1, HTTP2, HttpListener, operations, tls_context
+from router.loads import Loads
+from router.management import Management
+from router.names import NameLookup
+from router.oip import IDEMPOTENT, RELAYED, Oip
+from router.peers import Peers
+from router.readiness import Readiness, State
+from router.rest import Rest
+from router.settings import RouterSettings
+
+log = logging.getLogger(__name__)
+
+# Closing what leads nowhere, forgetting what is gone, asking the store whether it is there.
+UPKEEP_S: Final = 2.0
+# A scrape in flight at the end may finish.
+_SCRAPE_S: Final = 1.0
+# Load time-outs after which a placement that nobody reports about no longer counts.
+_PENDING_LOADS: Final = 4
+# Internal calls have methods of their own in instances; no client reaches them through a router.
+_INTERNAL: Final = (
+    *(f"/mesh.internal.v1.Instance/{rpc}" for rpc in ("Load", "Unload", "Describe", "Rest")),
+    *(
+        f"/mmesh.ModelRuntime/{rpc}"
+        for rpc in ("loadModel", "unloadModel", "predictModelSize", "modelSize", "runtimeStatus")
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The ports that a router listens on; None where it does not."""
+
+    grpc_port: int
+    rest_port: int | None
+    metrics_port: int | None
+
+
+def wall_clock_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Router:
+    """One router over a store. ``start`` and ``drain`` once each; ``failed`` is set with the error
+    when a part that must run for ever has ended."""
+
+    def __init__(self, settings: RouterSettings, store: KVStore) -> None:
+        self.settings = settings
+        self.router_id = f"{settings.name}-{secrets.token_hex(4)}"
+        self._store = store
+        policy = settings.policy
+        inside = replace(
+            settings.inside_limits, max_message_bytes=settings.limits.max_message_bytes
+        )
+        self.metrics = RouterMetrics(
+            version=settings.software_version, per_model=settings.per_model_metrics
+        )
+        self.readiness = Readiness()
+        self.view = view = ClusterView()
+        self.peers = Peers(
+            view,
+            make_upstream=lambda address: Upstream(address, limits=inside),
+            make_channel=lambda address: Channel(address, limits=inside),
+        )
+        self.loads = Loads(view, self.peers, self.metrics, policy=policy, now_ms=wall_clock_ms)
+        self.names = NameLookup(store, view, clock=time.monotonic)
+        self.dispatcher = Dispatcher(
+            view,
+            self.peers,
+            self.loads,
+            self.names,
+            self.metrics,
+            policy=policy,
+            draw=random.random,
+        )
+        self.gateway = Gateway(
+            self.dispatcher, self.peers, max_held_bytes=settings.limits.max_buffered_bytes_total
+        )
+        self.catalog = Catalog(store, view, now_ms=wall_clock_ms)
+        self.oip = Oip(
+            view,
+            self.loads,
+            self.names,
+            self.readiness,
+            policy,
+            wall_clock_ms,
+            settings.software_version,
+        )
+        self.election = Election(store, self.router_id)
+        self.leader = LeaderLoop(
+            view,
+            self.catalog,
+            self.loads,
+            policy=policy,
+            is_leader=lambda: self.election.is_leader,
+            now_ms=wall_clock_ms,
+        )
+        self.sync = ViewSync(store, view, on_step=lambda _: self.leader.wake())
+        self.relay = Relay(
+            self.dispatcher, peek=RELAYED, idempotent=IDEMPOTENT, limits=settings.limits
+        )
+        self.server = Server(self._methods(), limits=settings.limits, fallback=self.relay)
+        self.failed: asyncio.Future[None] | None = None
+        self._rest: HttpListener | None = None
+        self._operations: HttpListener | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._store_connected = False
+        self._report()
+
+    def _methods(self) -> dict[str, Method]:
+        metrics = self.metrics
+        management = Management(self.view, self.catalog, self.loads, self.names, wall_clock_ms)
+        admin = Admin(
+            self.view,
+            self.catalog,
+            self.dispatcher,
+            self.loads,
+            self.peers,
+            self.oip,
+            self.settings.policy,
+            wall_clock_ms,
+        )
+        health = Health(self.readiness, reflection_data.PUBLIC_SERVICES)
+        return {
+            **self.oip.methods(metrics),
+            **management.methods(metrics),
+            **admin.methods(metrics),
+            **health.methods(metrics),
+            **reflection.methods(),
+            **dict.fromkeys(_INTERNAL, _NOT_PERMITTED),
+        }
+
+    # ---- life -----------------------------------------------------------------------------------
+
+    async def start(self) -> Bound:
+        """Return when the router serves. Waits for the store; raises OSError for a taken port."""
+        settings = self.settings
+        self.failed = asyncio.get_running_loop().create_future()
+        grpc_tls = tls_context(settings.tls, HTTP2) if settings.tls else None
+        rest_tls = tls_context(settings.tls, HTTP1) if settings.tls else None
+        metrics_port = None
+        if settings.metrics_port is not None:
+            self._operations = HttpListener(
+                operations(self._render, self.state), drain_timeout_s=_SCRAPE_S
+            )
+            metrics_port = await self._operations.start(
+                settings.metrics_host, settings.metrics_port
+            )
+        await self._store.wait_ready()
+        self._store_connected = True
+        self._for_ever("view", self.sync.run())
+        await self._or_failed(self.sync.wait_synced())
+        # A full collection over a hundred thousand records is a pause of tens of milliseconds.
+        gc.collect()
+        gc.freeze()
+        self.readiness.set_synced()
+        grpc_port = await self.server.start(
+            settings.host,
+            settings.grpc_port,
+            reuse_port=settings.reuse_port,
+            ssl_context=grpc_tls,
+        )
+        rest_port = None
+        if settings.rest_port is not None:
+            rest = Rest(self.gateway, self.oip, settings.limits.max_message_bytes)
+            self._rest = HttpListener(
+                rest.application(), drain_timeout_s=settings.drain_timeout_ms / 1_000
+            )
+            rest_port = await self._rest.start(
+                settings.host,
+                settings.rest_port,
+                reuse_port=settings.reuse_port,
+                ssl_context=rest_tls,
+            )
+        self._for_ever("election", self.election.run())
+        self._for_ever("leader", self.leader.run())
+        self._for_ever("upkeep", self._upkeep())
+        log.info("router %s serves: gRPC %s:%d, REST %s, %r", self.router_id, settings.host,
+                 grpc_port, rest_port, self.view)  # fmt: skip
+        return Bound(grpc_port, rest_port, metrics_port)
+
+    async def drain(self) -> None:
+        """Say that this router leaves, let what is in flight finish, and close everything."""
+        settings = self.settings
+        self.readiness.set_draining()
+        await self.election.close()
+        await asyncio.sleep(settings.drain_notice_ms / 1_000)
+        timeout_s = settings.drain_timeout_ms / 1_000
+        ending = [self.server.drain(timeout_s)]
+        if self._rest is not None:
+            ending.append(self._rest.drain())
+        await asyncio.gather(*ending)
+        await self.close()
+
+    async def close(self) -> None:
+        """At once."""
+        await self.election.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.server.close()
+        if self._rest is not None:
+            await self._rest.drain()
+        await self.loads.close()
+        await self.names.close()
+        await self.peers.close()
+        if self._operations is not None:
+            await self._operations.drain()
+        await self._store.close()
+
+    async def _or_failed(self, waiting: Coroutine[Any, Any, None]) -> None:
+        """Wait, but not for what can no longer come."""
+        assert self.failed is not None
+        task = asyncio.get_running_loop().create_task(waiting)
+        await asyncio.wait({task, self.failed}, return_when=asyncio.FIRST_COMPLETED)
+        if self.failed.done():
+            task.cancel()
+            self.failed.result()
+
+    def _for_ever(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or self.readiness.draining:
+            return
+        error = task.exception()
+        log.critical("%s has ended: %r", task.get_name(), error)
+        if self.failed is not None and not self.failed.done():
+            self.failed.set_exception(error or RuntimeError(f"{task.get_name()} has ended"))
+
+    async def _upkeep(self) -> None:
+        policy = self.settings.policy
+        while True:
+            await asyncio.sleep(UPKEEP_S)
+            await self.peers.prune()
+            self.dispatcher.prune()
+            longest_ms = (
+                self.settings.policy.load_timeout_ms + self.settings.policy.queue_timeout_ms
+            )
+            self.view.expire_pending(wall_clock_ms() - 4 * longest_ms)
+            try:
+                await self._store.get(LEADER_KEY)
+                self._store_connected = True
+            except MeshError:
+                self._store_connected = False
+
+    # ---- what it tells of itself ----------------------------------------------------------------
+
+    def state(self) -> State:
+        return State(
+            ready=self.readiness.ready,
+            synced=self.readiness.synced,
+            draining=self.readiness.draining,
+            store_connected=self._store_connected,
+            instances=len(self.view.instances),
+            models=len(self.view.models),
+            leader=self.election.leader_id,
+            view_revision=self.view.revision,
+        )
+
+    def _render(self) -> tuple[bytes, str]:
+        self.dispatcher.publish_counters()
+        return self.metrics.render()
+
+    def _report(self) -> None:
+        """Gauges read what they tell when they are asked; those of the whole mesh only of the
+        leader, so that they are not counted once for each router."""
+        view = self.view
+
+        def of_leader(read: Callable[[], float]) -> Callable[[], float | None]:
+            return lambda: read() if self.election.is_leader else None
+
+        sources: dict[str, Callable[[], float | None]] = {
+            "waiting": lambda: self.loads.waiting,
+            "route_models": lambda: self.dispatcher.table_size()[0],
+            "route_copies": lambda: self.dispatcher.table_size()[1],
+            "instances": lambda: len(view.instances),
+            "view_revision": lambda: view.revision,
+            "leader": lambda: float(self.election.is_leader),
+            "buffered_bytes": lambda: self.relay.budget.used_bytes,
+            "inflight": lambda: self.dispatcher.inflight,
+            "connections": lambda: self.server.connections,
+            "store_connected": lambda: float(self._store_connected),
+            "models_managed": of_leader(lambda: len(view.models)),
+            "models_loaded": of_leader(self._models_loaded),
+            "models_with_failure": of_leader(self._models_with_failure),
+        }
+        for name, read in sources.items():
+            self.metrics.gauge_source(name, read)
+
+    def _models_loaded(self) -> int:
+        copies = self.view.all_copies()
+        return len({copy.model_id for copy in copies if copy.state is CopyState.LOADED})
+
+    def _models_with_failure(self) -> int:
+        now_ms = wall_clock_ms()
+        return len({f.model_id for f in self.view.all_failures() if f.expires_at_ms > now_ms})
+
+
+def _refuse(head: RequestHead) -> tuple[MeshError, Metadata]:
+    return Unimplemented(f"Method not found or not permitted: {head.path}"), ()
+
+
+def _never(call: ServerCall, message: bytes) -> None:
+    raise AssertionError("refused before its message came")
+
+
+_NOT_PERMITTED: Final = Unary(_never, accept=_refuse)
+
+
+async def run(settings: RouterSettings) -> int:
+    """The process: serve until SIGTERM or SIGINT; returns the exit status.
+
+    Raises MeshError for settings that cannot work and OSError for a port that is taken.
+    """
+    store = EtcdStore(
+        EtcdOptions(settings.etcd_endpoints),
+        prefix=settings.prefix,
+        namespace=settings.namespace,
+    )
+    router = Router(settings, store)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    starting = loop.create_task(router.start())
+    stop = loop.create_task(stopping.wait())
+    try:
+        first: set[asyncio.Future[Any]] = {starting, stop}
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():  # told to stop while it waited for the store
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await router.close()
+            return 0
+        starting.result()
+        assert router.failed is not None
+        last: set[asyncio.Future[Any]] = {stop, router.failed}
+        await asyncio.wait(last, return_when=asyncio.FIRST_COMPLETED)
+        if router.failed.done():
+            router.failed.exception()
+            await router.close()
+            return 1
+        log.info("router %s drains", router.router_id)
+        await router.drain()
+        return 0
+    finally:
+        stop.cancel()
+
+
+def main(settings: RouterSettings) -> int:
+    """``run`` on uvloop, or on asyncio where there is none."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(run(settings))
+    return int(uvloop.run(run(settings)))
