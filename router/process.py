@@ -282,10 +282,8 @@ class Router:
             await asyncio.sleep(UPKEEP_S)
             await self.peers.prune()
             self.dispatcher.prune()
-            longest_ms = (
-                self.settings.policy.load_timeout_ms + self.settings.policy.queue_timeout_ms
-            )
-            self.view.expire_pending(wall_clock_ms() - 4 * longest_ms)
+            # A load ends its own pending entry; this is for one whose end was never heard of.
+            self.view.expire_pending(wall_clock_ms() - _PENDING_LOADS * policy.load_timeout_ms)
             try:
                 await self._store.get(LEADER_KEY)
                 self._store_connected = True
