@@ -130,6 +130,7 @@ class Executor:
         self._active = 0  # jobs handed to threads
         self._held_bytes = 0
         self.queued = 0
+        self.requests = 0  # since the start
         self._work: SimpleQueue[Job | None] = SimpleQueue()
         self._done: deque[Job] = deque()
         self._woken = False
@@ -157,6 +158,7 @@ class Executor:
         self, servable: Servable, form: Form, sink: Sink, message: bytes, method: str
     ) -> None:
         now_ns = perf_counter_ns()
+        self.requests += 1
         servable.use.last_used_at_ms = self._offset_ms + now_ns // 1_000_000
         size = len(message)
         if size <= INLINE_BYTES_MAX:

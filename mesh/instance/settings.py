@@ -29,7 +29,7 @@ class InstanceSettings:
     zone: str = ""
     labels: tuple[str, ...] = ()
     drain_notice_ms: int = 500  # goes on serving for so long after it has told that it leaves
-    drain_timeout_ms: int = 20_000  # then for so long at most lets requests in flight finish
+    drain_timeout_ms: int = 15_000  # then for so long at most lets requests in flight finish
     per_model_metrics: bool = False
     software_version: str = "0.1.0"
     policy: Policy = field(default_factory=Policy)
@@ -43,5 +43,10 @@ class InstanceSettings:
             )
         if self.inference_threads < 1:
             raise ValueError("InstanceSettings.inference_threads must be at least 1")
+        if self.host in ("", "0.0.0.0", "::") and not self.advertised_host:
+            raise ValueError(
+                f"InstanceSettings.host is {self.host!r}, every address of this machine; "
+                "advertised_host must say at which one routers reach it"
+            )
         if not self.etcd_endpoints:
             raise ValueError("InstanceSettings.etcd_endpoints must name at least one endpoint")

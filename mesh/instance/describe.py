@@ -1,0 +1,57 @@
+"""What an instance knows of one model, for `mesh describe`: state, sizes, times, progress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mesh.instance.pod import Pod
+
+
+def describe(pod: Pod, model_id: str) -> dict[str, Any]:
+    """JSON-able. ``state`` is "" when the model is not in this instance's cache."""
+    document: dict[str, Any] = {"model_id": model_id, "instance_id": pod.instance_id, "state": ""}
+    copy = pod.cache.get(model_id)
+    if copy is not None:
+        document.update(
+            state=copy.state.value,
+            size_bytes=copy.size_bytes,
+            needed_bytes=copy.need_bytes,
+            pinned=copy.pinned,
+            proactive=copy.proactive,
+            in_flight=copy.use.in_flight,
+            last_used_at_ms=copy.use.last_used_at_ms,
+            loaded_at_ms=copy.loaded_at_ms,
+            leaving_because=copy.reason.value if copy.reason else "",
+        )
+    job = pod.loader.jobs.get(model_id)
+    if job is not None:
+        done, total = job.progress
+        document["load"] = {"phase": job.phase, "fetched_bytes": done, "total_bytes": total}
+    servable = pod.servables.get(model_id)
+    if servable is not None:
+        s = servable.statistics
+        document.update(
+            load_ms=round(pod.loader.load_ms.get(model_id, 0.0), 3),
+            model_type=servable.model_type,
+            platform=servable.metadata.platform,
+            running=servable.running,
+            queued=len(servable.queue),
+            max_concurrency=servable.max_concurrency,
+            requests=s.success_count,
+            requests_inline=s.inline_count,
+            requests_failed=s.fail_count,
+            # Smoothed time of one request by the largest message of each class, microseconds.
+            estimated_us={
+                str((1 << size_class) - 1): round(ns / 1_000, 1)
+                for size_class, ns in enumerate(servable.estimates)
+                if ns
+            },
+        )
+    document["instance"] = {
+        "capacity_bytes": pod.cache.config.capacity_bytes,
+        "used_bytes": pod.cache.used_bytes,
+        "models": len(pod.servables),
+        "loading": pod.cache.loading_count,
+        "draining": pod.cache.draining,
+    }
+    return document

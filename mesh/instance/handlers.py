@@ -1,0 +1,78 @@
+"""All gRPC methods of an instance: inference, information, and what only routers call."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import orjson
+from google.protobuf.message import Message
+
+from mesh.core.errors import InvalidArgument
+from mesh.instance.describe import describe
+from mesh.instance.inference import Inference
+from mesh.instance.model_info import ModelInfo, parse, quick, slow
+from mesh.instance.pod import Pod, Wish
+from mesh.wire.server import Method, ServerCall, Streaming, Unary
+from protos import mesh_internal_pb2 as internal_pb2
+
+INFERENCE: Final = "/inference.GRPCInferenceService/"
+INTERNAL: Final = "/mesh.internal.v1.Instance/"
+
+
+class InternalMethods:
+    """Load, Unload, Describe: thin, the pod does the work."""
+
+    def __init__(self, pod: Pod) -> None:
+        self._pod = pod
+
+    def methods(self) -> dict[str, Method]:
+        return {
+            INTERNAL + "Load": slow(self._load),
+            INTERNAL + "Unload": slow(self._unload),
+            INTERNAL + "Describe": quick(self._describe),
+        }
+
+    async def _load(self, message: bytes) -> Message:
+        request = parse(internal_pb2.LoadRequest, message)
+        answer = await self._pod.load(
+            Wish(
+                _named(request.model_id),
+                request.revision,
+                request.last_used_at_ms,
+                request.proactive,
+            )
+        )
+        return internal_pb2.LoadResponse(
+            outcome=internal_pb2.LoadResponse.Outcome.Name(answer.outcome),
+            message=answer.message,
+            code=int(answer.code),
+            claimed_instance_id=answer.claimed_instance_id,
+            copy_revision=answer.copy_revision,
+            size_bytes=answer.size_bytes,
+        )
+
+    async def _unload(self, message: bytes) -> Message:
+        request = parse(internal_pb2.UnloadRequest, message)
+        was_here = await self._pod.unload(_named(request.model_id))
+        return internal_pb2.UnloadResponse(was_here=was_here)
+
+    def _describe(self, _: ServerCall, message: bytes) -> Message:
+        request = parse(internal_pb2.DescribeRequest, message)
+        document: dict[str, Any] = describe(self._pod, _named(request.model_id))
+        return internal_pb2.DescribeResponse(json=orjson.dumps(document).decode())
+
+
+def _named(model_id: str) -> str:
+    if not model_id:
+        raise InvalidArgument("model_id is empty")
+    return model_id
+
+
+def instance_methods(pod: Pod, inference: Inference, info: ModelInfo) -> dict[str, Method]:
+    return {
+        INFERENCE + "ModelInfer": Unary(inference.model_infer, inference.accept),
+        INFERENCE + "ModelStreamInfer": Streaming(inference.model_stream_infer, inference.accept),
+        INTERNAL + "Rest": Unary(inference.rest, inference.accept),
+        **info.methods(),
+        **InternalMethods(pod).methods(),
+    }

@@ -1,0 +1,46 @@
+"""The instance's HTTP listener for operators: /metrics, /livez, /readyz. Nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from mesh.metrics import InstanceMetrics
+
+
+class HealthListener:
+    """``not_ready()`` says why the instance takes no requests; "" when it does."""
+
+    def __init__(self, metrics: InstanceMetrics, not_ready: Callable[[], str]) -> None:
+        self._metrics = metrics
+        self._not_ready = not_ready
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; returns the port. Raises OSError when the address is taken."""
+        app = web.Application()
+        app.router.add_get("/metrics", self._render)
+        app.router.add_get("/livez", self._livez)
+        app.router.add_get("/readyz", self._readyz)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        self._runner = runner
+        await web.TCPSite(runner, host, port).start()
+        bound: int = runner.addresses[0][1]
+        return bound
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _render(self, _: web.Request) -> web.Response:
+        body, content_type = self._metrics.render()
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _livez(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        why = self._not_ready()
+        return web.Response(text=f"{why or 'ok'}\n", status=503 if why else 200)

@@ -1,0 +1,169 @@
+"""The gRPC methods of inference: which copy a request is for, and into the executor with it.
+
+Synchronous but for streams: no task, lock or log line per request. A request whose model is not
+loaded here is refused with the trailer ``mesh-error``, before its body where a header names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Final
+
+from mesh.core.errors import InvalidArgument, MeshError, Unavailable
+from mesh.instance.executor import Executor
+from mesh.instance.forms import GrpcForm
+from mesh.instance.rest import RestForm
+from mesh.instance.servable import Servable
+from mesh.oip.protobuf_fields import varint
+from mesh.wire.head import RequestHead
+from mesh.wire.messages import Metadata
+from mesh.wire.server import ServerCall, StreamCall
+from protos import oip_pb2
+
+NOT_HERE: Final = (("mesh-error", "not-here"),)
+DRAINING: Final = (("mesh-error", "draining"),)
+
+# Forms are shared by equal requests; names come from clients, so there is a bound.
+_MAX_FORMS: Final = 4_096
+
+
+class Inference:
+    """``draining`` refuses everything that names a model."""
+
+    def __init__(self, servables: Mapping[str, Servable], executor: Executor) -> None:
+        self._servables = servables
+        self._executor = executor
+        self._forms: dict[tuple[str, str], GrpcForm] = {}
+        self.draining = False
+
+    def accept(self, head: RequestHead) -> tuple[MeshError, Metadata] | None:
+        """Before the body: refuse what cannot be answered here."""
+        if self.draining:
+            return draining()
+        if head.model_id is not None and head.model_id not in self._servables:
+            return not_here(head.model_id)
+        return None
+
+    def model_infer(self, call: ServerCall, message: bytes) -> None:
+        head = call.head
+        if head.model_id is None:
+            self._infer_by_body(call, message)
+            return
+        servable = self._servables.get(head.model_id)
+        if servable is None:
+            error, trailers = not_here(head.model_id)
+            call.fail(error, trailers=trailers)
+            return
+        form = self._form(head.vmodel_id or head.model_id, "")
+        self._executor.submit(servable, form, call, message, "ModelInfer")
+
+    def _infer_by_body(self, call: ServerCall, message: bytes) -> None:
+        """A client that speaks to this instance itself."""
+        name = model_name_of(message)
+        servable = self._servables.get(name)
+        if servable is None:
+            error, trailers = not_here(name)
+            call.fail(error, trailers=trailers)
+            return
+        self._executor.submit(servable, self._form(name, name), call, message, "ModelInfer")
+
+    def rest(self, call: ServerCall, message: bytes) -> None:
+        model_id = call.head.model_id
+        if model_id is None:
+            raise InvalidArgument("a relayed REST request needs the header mm-model-id")
+        servable = self._servables.get(model_id)
+        if servable is None:
+            error, trailers = not_here(model_id)
+            call.fail(error, trailers=trailers)
+            return
+        form = RestForm(call.head, model_id)
+        method = "Rest" if form.kind == "v2-infer" else "predict"
+        self._executor.submit(servable, form, call, message, method)
+
+    def _form(self, fallback_name: str, routed_name: str) -> GrpcForm:
+        form = self._forms.get((fallback_name, routed_name))
+        if form is None:
+            if len(self._forms) >= _MAX_FORMS:
+                self._forms.clear()
+            form = self._forms[fallback_name, routed_name] = GrpcForm(fallback_name, routed_name)
+        return form
+
+    # ---- streams ----
+
+    async def model_stream_infer(self, call: StreamCall) -> None:
+        """One answer for each message, in order. What is wrong with one message is told in its
+        answer; the stream goes on. It belongs to its first message's model."""
+        head = call.head
+        first_name: str | None = None
+        async for message in call:
+            name = model_name_of(message)
+            if first_name is None:
+                first_name = name
+            elif name and first_name and name != first_name:
+                raise InvalidArgument(
+                    f"this stream is for model {first_name!r}; a message in it names {name!r}"
+                )
+            model_id = head.model_id or first_name
+            servable = self._servables.get(model_id)
+            if servable is None or self.draining:
+                # Before the first answer the router can send the stream elsewhere.
+                error, trailers = not_here(model_id) if servable is None else draining()
+                call.fail(error, trailers=trailers)
+                return
+            fallback = head.vmodel_id or model_id
+            form = self._form(fallback, "" if head.model_id else first_name)
+            sink = _StreamSink(call.deadline_s)
+            call.on_cancel = sink.cancel
+            self._executor.submit(servable, form, sink, message, "ModelStreamInfer")
+            await call.send(await sink.answer)
+
+
+class _StreamSink:
+    """Takes the answer of one message of a stream."""
+
+    __slots__ = ("answer", "cancelled", "deadline_s")
+
+    def __init__(self, deadline_s: float) -> None:
+        self.cancelled = False
+        self.deadline_s = deadline_s
+        self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def reply(self, message: bytes, *, initial: Metadata = (), trailers: Metadata = ()) -> None:
+        if not self.answer.done():
+            self.answer.set_result(b"\x12" + varint(len(message)) + message)
+
+    def fail(self, error: MeshError, *, trailers: Metadata = ()) -> None:
+        if not self.answer.done():
+            response = oip_pb2.ModelStreamInferResponse(error_message=error.message)
+            self.answer.set_result(response.SerializeToString())
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.answer.cancel()
+
+
+def not_here(model_id: str) -> tuple[MeshError, Metadata]:
+    return Unavailable(f"model {model_id!r} is not loaded on this instance"), NOT_HERE
+
+
+def draining() -> tuple[MeshError, Metadata]:
+    return Unavailable("this instance is draining; retry elsewhere"), DRAINING
+
+
+def model_name_of(message: bytes) -> str:
+    """``model_name`` of a serialised ModelInferRequest: field 1, which every serialiser writes
+    first. The copy's decoder notices when a later one says something else."""
+    if len(message) >= 2 and message[0] == 0x0A and message[1] < 0x80:
+        end = 2 + message[1]
+        if end <= len(message):
+            try:
+                return message[2:end].decode()
+            except UnicodeDecodeError:
+                raise InvalidArgument("model_name is not UTF-8") from None
+    try:
+        request = oip_pb2.ModelInferRequest.FromString(message)
+    except Exception as error:
+        raise InvalidArgument(f"the message is no ModelInferRequest: {error}") from None
+    name: str = request.model_name
+    return name

@@ -1,0 +1,157 @@
+"""This instance as a member of the mesh: its lease, its record, its last uses, deleted models.
+
+A lost lease is replaced and everything is published anew under it; meanwhile, and while the store
+is away, the instance goes on serving what it has. Model records are watched by their prefix: for
+deletions and changed pins of the copies that are here; everything else is dropped unread. That
+costs each instance one event for a registration or a measured size; a watch of deletions alone
+would need a filter in ``KVStore.watch`` (etcd has NOPUT).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from mesh import registry
+from mesh.core.errors import MeshError
+from mesh.core.types import CopyState, InstanceRecord
+from mesh.instance.advert import notable
+from mesh.instance.clock import Clock
+from mesh.instance.pod import Pod
+from mesh.instance.publisher import Publisher
+from mesh.store.api import Changes, Delete, KVStore, Lease, Put, Snapshot
+
+log = logging.getLogger(__name__)
+
+LEASE_RETRY_S: Final = 0.5
+TICK_S: Final = 0.5
+
+
+class Membership:
+    """``describe_self`` makes the present record. ``run`` never returns by itself."""
+
+    def __init__(
+        self,
+        pod: Pod,
+        store: KVStore,
+        publisher: Publisher,
+        clock: Clock,
+        describe_self: Callable[[], InstanceRecord],
+    ) -> None:
+        self._pod = pod
+        self._store = store
+        self._publisher = publisher
+        self._clock = clock
+        self._describe_self = describe_self
+        self._policy = pod.policy
+        self._lease: Lease | None = None
+        self._last: InstanceRecord | None = None
+        self._last_at_ms = 0
+        self._flushed_at_ms = clock.now_ms()
+        self.joined = asyncio.Event()  # the record has been written once
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._publisher.run())
+            group.create_task(self._hold_lease())
+            group.create_task(self._advertise())
+            group.create_task(self._follow_models())
+
+    # ---- lease ----
+
+    async def _hold_lease(self) -> None:
+        while True:
+            try:
+                lease = await self._store.lease(self._policy.instance_lease_ttl_ms)
+            except MeshError as error:
+                log.warning("no lease to be had (%s); serving on, trying again", error)
+                await asyncio.sleep(LEASE_RETRY_S)
+                continue
+            self._lease = lease
+            self._publisher.use_lease(lease)
+            await self._until_lost(lease)
+            log.warning("lease %x is lost; publishing everything under a new one", lease.lease_id)
+
+    async def _until_lost(self, lease: Lease) -> None:
+        waits = [
+            asyncio.create_task(lease.wait_lost()),
+            asyncio.create_task(self._publisher.lease_gone.wait()),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def leave(self) -> None:
+        """Take the record and the copies away at once instead of letting the lease run out."""
+        lease, self._lease = self._lease, None
+        self.flush_last_used()
+        with contextlib.suppress(MeshError):
+            await self._publisher.flush()
+        if lease is not None:
+            with contextlib.suppress(MeshError):
+                await lease.revoke()
+
+    # ---- record and last uses ----
+
+    async def _advertise(self) -> None:
+        while True:
+            self.advertise()
+            self._pod.tick()
+            now_ms = self._clock.now_ms()
+            if now_ms - self._flushed_at_ms >= self._policy.last_used_flush_ms:
+                self.flush_last_used()
+            if not self.joined.is_set() and self._publisher.connected:
+                self.joined.set()
+            await asyncio.sleep(TICK_S if self.joined.is_set() else 0.02)
+
+    def advertise(self) -> None:
+        """Publish the record if something notable has changed."""
+        record, now_ms = self._describe_self(), self._clock.now_ms()
+        reason = notable(self._last, record, now_ms - self._last_at_ms, self._policy)
+        if reason is not None:
+            log.debug("advertising: %s", reason)
+            self._last, self._last_at_ms = record, now_ms
+            self._publisher.put_leased(registry.key_of(record), registry.encode(record))
+
+    def flush_last_used(self) -> None:
+        self._flushed_at_ms = self._clock.now_ms()
+        uses = self._pod.evicted_last_used
+        self._pod.evicted_last_used = {}
+        for copy in self._pod.copies():
+            if copy.state is CopyState.LOADED and copy.use.last_used_at_ms:
+                uses[copy.model_id] = copy.use.last_used_at_ms
+        if uses:
+            self._publisher.put(
+                registry.last_used_key(self._pod.instance_id), registry.encode_last_used(uses)
+            )
+
+    # ---- models ----
+
+    async def _follow_models(self) -> None:
+        async for batch in self._store.watch(registry.MODELS_PREFIX):
+            match batch:
+                case Snapshot(items):
+                    present = {item.key for item in items}
+                    for copy in self._pod.copies():
+                        if registry.model_key(copy.model_id) not in present:
+                            self._pod.deleted(copy.model_id)
+                case Changes(events):
+                    for event in events:
+                        self._model_event(event)
+
+    def _model_event(self, event: Put | Delete) -> None:
+        parsed = registry.parse_key(event.key)
+        if parsed is None or self._pod.cache.get(parsed.name) is None:
+            return
+        if isinstance(event, Delete):
+            self._pod.deleted(parsed.name)
+            return
+        try:
+            self._pod.record_changed(registry.decode_model(parsed.name, event.value))
+        except MeshError as error:
+            log.warning("model record skipped: %s", error)

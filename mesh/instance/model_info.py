@@ -1,0 +1,200 @@
+"""The gRPC methods that tell about the server and its models; nothing here changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from mesh.core.errors import InvalidArgument, MeshError, NotFound
+from mesh.instance.inference import NOT_HERE, not_here
+from mesh.instance.servable import Servable
+from mesh.runtimes.api import TensorSpec
+from mesh.wire.server import AsyncUnary, Method, ServerCall, Unary
+from protos import oip_pb2
+
+M = TypeVar("M", bound=Message)
+
+SERVER_NAME: Final = "modelmesh-py"
+# Only what is implemented.
+EXTENSIONS: Final = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "parameters",
+    "statistics",
+)
+_CONFIG_TYPES: Final = {"BYTES": "TYPE_STRING"}
+
+
+def parse(kind: type[M], message: bytes) -> M:
+    request = kind()
+    try:
+        request.ParseFromString(message)
+    except DecodeError as error:
+        raise InvalidArgument(f"the message is no {kind.DESCRIPTOR.name}: {error}") from None
+    return request
+
+
+def quick(handler: Callable[[ServerCall, bytes], Message]) -> Unary:
+    """A method that answers at once."""
+
+    def answer(call: ServerCall, message: bytes) -> None:
+        try:
+            reply = handler(call, message)
+        except _NotHere as refusal:
+            call.fail(refusal.error, trailers=NOT_HERE)
+        except MeshError as error:
+            call.fail(error)
+        else:
+            call.reply(reply.SerializeToString())
+
+    return Unary(answer)
+
+
+def slow(handler: Callable[[bytes], Awaitable[Message]]) -> AsyncUnary:
+    async def answer(_: ServerCall, message: bytes) -> bytes:
+        return (await handler(message)).SerializeToString()
+
+    return AsyncUnary(answer)
+
+
+class _NotHere(Exception):
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self.error = not_here(model_id)[0]
+
+
+class ModelInfo:
+    """``is_ready`` tells whether this instance takes new requests."""
+
+    def __init__(
+        self,
+        servables: Mapping[str, Servable],
+        software_version: str,
+        is_ready: Callable[[], bool],
+    ) -> None:
+        self._servables = servables
+        self._version = software_version
+        self._is_ready = is_ready
+
+    def methods(self) -> dict[str, Method]:
+        service = "/inference.GRPCInferenceService/"
+        return {
+            service + "ServerLive": quick(lambda *_: oip_pb2.ServerLiveResponse(live=True)),
+            service + "ServerReady": quick(self._server_ready),
+            service + "ServerMetadata": quick(self._server_metadata),
+            service + "ModelReady": quick(self._model_ready),
+            service + "ModelMetadata": quick(self._model_metadata),
+            service + "ModelConfig": quick(self._model_config),
+            service + "ModelStatistics": quick(self._model_statistics),
+        }
+
+    def _server_ready(self, *_: Any) -> Message:
+        return oip_pb2.ServerReadyResponse(ready=self._is_ready())
+
+    def _server_metadata(self, *_: Any) -> Message:
+        return oip_pb2.ServerMetadataResponse(
+            name=SERVER_NAME, version=self._version, extensions=EXTENSIONS
+        )
+
+    def _find(self, call: ServerCall, name: str, version: str) -> tuple[Servable, str]:
+        """The copy, and the name that the client used for it."""
+        model_id = call.head.model_id or name
+        servable = self._servables.get(model_id)
+        if servable is None:
+            raise _NotHere(model_id)
+        versions = servable.metadata.versions
+        if version and versions and version not in versions:
+            raise NotFound(
+                f"model {model_id!r} has no version {version!r}; it has {list(versions)}"
+            )
+        return servable, name or call.head.vmodel_id or model_id
+
+    def _model_ready(self, call: ServerCall, message: bytes) -> Message:
+        request = parse(oip_pb2.ModelReadyRequest, message)
+        if call.head.model_id is None and request.name not in self._servables:
+            return oip_pb2.ModelReadyResponse(ready=False)
+        self._find(call, request.name, request.version)
+        return oip_pb2.ModelReadyResponse(ready=True)
+
+    def _model_metadata(self, call: ServerCall, message: bytes) -> Message:
+        request = parse(oip_pb2.ModelMetadataRequest, message)
+        servable, name = self._find(call, request.name, request.version)
+        metadata = servable.metadata
+        tensor = oip_pb2.ModelMetadataResponse.TensorMetadata
+        return oip_pb2.ModelMetadataResponse(
+            name=name,
+            versions=metadata.versions,
+            platform=metadata.platform,
+            inputs=[
+                tensor(name=s.name, datatype=s.datatype, shape=_shape(s)) for s in metadata.inputs
+            ],
+            outputs=[
+                tensor(name=s.name, datatype=s.datatype, shape=_shape(s)) for s in metadata.outputs
+            ],
+        )
+
+    def _model_config(self, call: ServerCall, message: bytes) -> Message:
+        """The axes are all in ``dims``: max_batch_size is 0, nothing is batched here."""
+        request = parse(oip_pb2.ModelConfigRequest, message)
+        servable, name = self._find(call, request.name, request.version)
+        metadata = servable.metadata
+        config = oip_pb2.ModelConfig(
+            name=name,
+            platform=metadata.platform,
+            backend=servable.model_type,
+            max_batch_size=0,
+            input=[
+                oip_pb2.ModelInput(name=s.name, data_type=_config_type(s), dims=_shape(s))
+                for s in metadata.inputs
+            ],
+            output=[
+                oip_pb2.ModelOutput(name=s.name, data_type=_config_type(s), dims=_shape(s))
+                for s in metadata.outputs
+            ],
+        )
+        return oip_pb2.ModelConfigResponse(config=config)
+
+    def _model_statistics(self, call: ServerCall, message: bytes) -> Message:
+        request = parse(oip_pb2.ModelStatisticsRequest, message)
+        if not request.name and call.head.model_id is None:
+            found = [(servable, servable.model_id) for servable in self._servables.values()]
+        else:
+            found = [self._find(call, request.name, request.version)]
+        return oip_pb2.ModelStatisticsResponse(
+            model_stats=[_statistics(servable, name) for servable, name in found]
+        )
+
+
+def _shape(spec: TensorSpec) -> list[int]:
+    # An unknown rank has no form in the protocol; one free axis is what Triton shows.
+    return [-1] if spec.any_rank else list(spec.shape)
+
+
+def _config_type(spec: TensorSpec) -> str:
+    return _CONFIG_TYPES.get(spec.datatype, f"TYPE_{spec.datatype}")
+
+
+def _statistics(servable: Servable, name: str) -> oip_pb2.ModelStatistics:
+    s = servable.statistics
+    duration = oip_pb2.StatisticDuration
+    done = s.success_count
+    versions = servable.metadata.versions
+    return oip_pb2.ModelStatistics(
+        name=name,
+        version=versions[0] if versions else "",
+        last_inference=servable.use.last_used_at_ms if done else 0,
+        inference_count=done,
+        execution_count=done,
+        inference_stats=oip_pb2.InferStatistics(
+            success=duration(count=done, ns=s.success_ns),
+            fail=duration(count=s.fail_count, ns=s.fail_ns),
+            queue=duration(count=done, ns=s.queue_ns),
+            compute_input=duration(count=done, ns=s.decode_ns),
+            compute_infer=duration(count=done, ns=s.infer_ns),
+            compute_output=duration(count=done, ns=s.encode_ns),
+        ),
+        memory_usage=[oip_pb2.MemoryUsage(type="CPU", byte_size=servable.model.size_bytes)],
+    )
