@@ -254,8 +254,13 @@ class DiskCache:
 
     def _reserved_bytes(self) -> int:
         """What the downloads under way of all processes will take."""
-        names = (EntryName.parse(path.name) for path in (self._directory / "staging").glob("*/*"))
-        return sum(name.size_bytes for name in names if name is not None)
+        total_bytes = 0
+        for process in (self._directory / "staging").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it is just closing
+                for path in process.iterdir():
+                    name = EntryName.parse(path.name)
+                    total_bytes += name.size_bytes if name is not None else 0
+        return total_bytes
 
     def _remove_dead_staging(self) -> None:
         for folder in (self._directory / "staging").iterdir():

@@ -177,8 +177,10 @@ class Puller:
             await asyncio.wait([task])
             if task.cancelled():
                 raise LoadFailed("the artifact puller was closed", code=Code.UNAVAILABLE)
-            name, artifact = task.result()
-            return self._hand_out(name, artifact)
+            error = task.exception()
+            if isinstance(error, LoadFailed):  # an error of its own for each who waits
+                raise LoadFailed(error.message, code=error.code) from error
+            return self._hand_out(*task.result())
         finally:
             flight.waiting -= 1
             if progress is not None and progress in flight.callbacks:
