@@ -195,3 +195,9 @@ def test_the_resource_is_kept_as_applied_without_what_the_api_server_wrote() -> 
     resource["status"] = {"url": "http://x"}
     assert json.loads(applied(resource).alias.manifest) == isvc()
     assert "status" in resource and "managedFields" in resource["metadata"]  # not ours to change
+
+
+def test_no_maximum_of_replicas_is_written_as_zero() -> None:
+    found = applied(isvc({"model": onnx(), "minReplicas": 2, "maxReplicas": 0}))
+    assert found.model.min_copies == 2
+    assert found.warnings == ("spec.predictor.maxReplicas: kept, not acted on",)
