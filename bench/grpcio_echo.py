@@ -15,7 +15,7 @@ import grpc.aio
 from bench.grpcio_proxy import OPTIONS
 
 
-class Echo(grpc.GenericRpcHandler):
+class Echo(grpc.GenericRpcHandler):  # type: ignore[misc]
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         return HANDLER
 

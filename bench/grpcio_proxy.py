@@ -18,7 +18,7 @@ OPTIONS = (
 )
 
 
-class PassThrough(grpc.GenericRpcHandler):
+class PassThrough(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Any unary method, bytes in, bytes out."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
