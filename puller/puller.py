@@ -32,7 +32,7 @@ from puller.location import (
     StorageSecret,
     resolve_location,
 )
-from puller.remote import RemoteFetcher, open_source
+from puller.remote import RemoteFetcher, open_backend
 from puller.settings import PullerSettings
 from puller.source import OpenSource
 from puller.storage_config import read_storage_config
@@ -79,13 +79,15 @@ class Puller:
         settings: PullerSettings,
         *,
         disk: Disk | None = None,
-        open_source: OpenSource = open_source,
+        open_source: OpenSource | None = None,
     ) -> None:
         self._settings = settings
         self._pool = BlockingPool(_THREADS)
         disk = disk or RealDisk()
         self._cache = DiskCache(settings.cache_dir, settings.cache_capacity_bytes, disk)
-        self._fetcher = RemoteFetcher(settings, self._cache, self._pool, disk, open_source)
+        self._fetcher = RemoteFetcher(
+            settings, self._cache, self._pool, disk, open_source or open_backend(settings)
+        )
         self._flights: dict[tuple[str, ...], _Flight] = {}
         # By identity of the Artifact that was handed out: equal ones are separate holds.
         self._held: dict[int, tuple[Artifact, EntryName]] = {}

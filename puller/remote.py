@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,11 +36,20 @@ _DESCRIPTION = "artifact.json"
 _CONTENT = "content"
 
 
-def open_source(location: S3Location, settings: PullerSettings) -> RemoteSource:
-    """The back end of a location; its library is imported when the first one needs it."""
-    from puller.s3 import S3Source
+def open_backend(settings: PullerSettings) -> OpenSource:
+    """Opens sources with the back end of their kind; its library comes with the first of them."""
+    backends: list[OpenSource] = []
+    importing = threading.Lock()
 
-    return S3Source(location, settings)
+    def open_it(location: S3Location) -> RemoteSource:
+        with importing:
+            if not backends:
+                from puller.s3 import S3Stores
+
+                backends.append(S3Stores(settings).open)
+        return backends[0](location)
+
+    return open_it
 
 
 class RemoteFetcher:
@@ -62,7 +72,8 @@ class RemoteFetcher:
         """Bounded by ``fetch_timeout_ms``. The entry is held once."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.fetch_timeout_ms / 1000
-        source = self._open_source(location, self._settings)
+        # In a thread: it imports a library and reads certificates.
+        source = await self._pool.run(self._open_source, location)
         for _ in range(self._settings.changed_restarts_max + 1):
             try:
                 async with asyncio.timeout_at(deadline):

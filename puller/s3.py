@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import obstore
+from cachetools import LRUCache
 from obstore import exceptions
 from obstore.store import S3Store
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 _STATUS: Final = re.compile(r"status code: (\d{3})")
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9.]{1,64})</Code>")
+_STORES_MAX: Final = 32  # buckets times credentials in use; each holds a few connections
 _LIST_CHUNK: Final = 1_000  # what one reply of S3 holds
 _REFUSED: Final = frozenset(
     {
@@ -50,13 +54,33 @@ _ELSEWHERE: Final = frozenset(
 )
 
 
+class S3Stores:
+    """Opens sources, and keeps the stores used last: making one costs about 8 ms (the system's
+    certificates), and a kept one has its connections open. Blocks; used from several threads."""
+
+    def __init__(self, settings: PullerSettings) -> None:
+        self._settings = settings
+        self._mutex = threading.Lock()
+        self._stores: LRUCache[S3Location, S3Store] = LRUCache(_STORES_MAX)
+
+    def open(self, location: S3Location) -> S3Source:
+        # The certificate is part of the key: a renewed file makes a new store.
+        certificate = location.certificate_pem or _certificate(location)
+        key = replace(location, prefix="", certificate_pem=certificate)
+        with self._mutex:
+            store = self._stores.get(key)
+            if store is None:
+                store = self._stores[key] = _open_store(key, self._settings)
+        return S3Source(location, store, self._settings)
+
+
 class S3Source:
     """``puller.source.RemoteSource`` for one location."""
 
-    def __init__(self, location: S3Location, settings: PullerSettings) -> None:
+    def __init__(self, location: S3Location, store: S3Store, settings: PullerSettings) -> None:
         self._location = location
         self._settings = settings
-        self._store = _open_store(location, settings)
+        self._store = store
 
     async def manifest(self) -> Manifest:
         """One object of that name, else all below it; asked for at once, it is one round trip."""
@@ -148,9 +172,8 @@ def _open_store(location: S3Location, settings: PullerSettings) -> S3Store:
         "read_timeout": timedelta(milliseconds=settings.read_timeout_ms),
         "timeout": timedelta(milliseconds=settings.request_timeout_ms),
     }
-    certificate = location.certificate_pem or _certificate(location)
-    if certificate:
-        client["root_certificate"] = certificate
+    if location.certificate_pem:
+        client["root_certificate"] = location.certificate_pem
     retry: obstore.store.RetryConfig = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
     try:
         if credentials.access_key_id:

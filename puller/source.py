@@ -36,7 +36,7 @@ class RemoteSource(Protocol):
         ...
 
 
-OpenSource = Callable[[S3Location, PullerSettings], RemoteSource]
+OpenSource = Callable[[S3Location], RemoteSource]  # may block
 
 
 class Backoff:

@@ -13,7 +13,6 @@ from pathlib import Path
 from puller.disk import RealDisk
 from puller.location import S3Location
 from puller.manifest import Manifest, RemoteObject, folder_manifest, single_manifest
-from puller.settings import PullerSettings
 from puller.source import ObjectChangedError, TransientSourceError
 
 WAIT_S = 20.0  # of a test that would otherwise hang; nothing is measured with it
@@ -57,7 +56,7 @@ class FakeStore:
     under_way: int = 0  # reads at this moment
     under_way_most: int = 0
 
-    def open(self, location: S3Location, settings: PullerSettings) -> FakeSource:
+    def open(self, location: S3Location) -> FakeSource:
         return FakeSource(self, location)
 
     def describe(self, key: str) -> RemoteObject:

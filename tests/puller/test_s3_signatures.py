@@ -85,3 +85,19 @@ async def test_a_wrong_secret_is_refused_and_not_shown(
     for secret in (SECRET, "a-wrong-secret"):
         assert secret not in told
     assert leftovers(cache_dir) == entries(cache_dir) == []
+
+
+async def test_a_replaced_secret_counts_at_once_in_both_directions(
+    open_puller: OpenPuller, signing_endpoint: str, tmp_path: Path
+) -> None:
+    """Stores and artifacts are kept between fetches; what a key was allowed is not."""
+    directory = tmp_path / "secret"
+    puller = open_puller(storage_config_dir=directory)
+    secret_dir(directory, signing_endpoint, secret_access_key="a-wrong-secret")
+    with pytest.raises(LoadFailed, match="refused"):
+        await puller.fetch(request("m", KEY))
+    secret_dir(directory, signing_endpoint)
+    puller.release(await puller.fetch(request("m", KEY)))
+    secret_dir(directory, signing_endpoint, secret_access_key="a-wrong-secret")
+    with pytest.raises(LoadFailed, match="refused"):
+        await puller.fetch(request("m", KEY))
