@@ -52,9 +52,9 @@ log = logging.getLogger(__name__)
 
 # A new Load for a model whose copy is still being unloaded waits so long for that.
 UNLOAD_WAIT_S: Final = 30.0
-# A failure is told only when it is in the store, so that no router tries again at once; but a
-# store that is away must not hold up the answer.
-FAILURE_FLUSH_S: Final = 1.0
+# A failure or rejection is told only when the store has it, but a store that is away must not hold
+# up the answer.
+WITHDRAW_FLUSH_S: Final = 1.0
 MAX_FAILURES_REMEMBERED: Final = 1_024
 # A measured size is written back when it differs by more than this share.
 SIZE_CHANGE_SHARE: Final = 0.1
@@ -113,7 +113,7 @@ class Pod:
         self._flights: dict[str, Flight] = {}
         self._gone: dict[str, asyncio.Future[None]] = {}
         self._failed: dict[str, tuple[int, LoadAnswer]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self.evicted_last_used: dict[str, int] = {}  # since the last flush of last uses
 
     # ---- wishes ----
@@ -290,7 +290,8 @@ class Pod:
             case RejectLoad(model_id, reason, message):
                 self._count(model_id, reason.value)
                 log.info("load of %s rejected: %s", model_id, message)
-                self._end_flight(model_id, LoadAnswer(LoadOutcome.REJECTED, message))
+                answer = LoadAnswer(LoadOutcome.REJECTED, message)
+                self._spawn(self._answer_after_flush(model_id, answer))
             case LoadEnded(model_id, _, _, None):
                 self._loaded(model_id)
             case LoadEnded():
@@ -400,15 +401,23 @@ class Pod:
                 expires_at_ms=now_ms + expiry_ms,
             )
         )
-        try:
-            async with asyncio.timeout(FAILURE_FLUSH_S):
-                await self._publisher.flush()
+        if await self._answer_after_flush(model_id, answer):
             while len(self._failed) >= MAX_FAILURES_REMEMBERED:
                 del self._failed[next(iter(self._failed))]
             self._failed[model_id] = (self._publisher.revision, answer)
+
+    async def _answer_after_flush(self, model_id: str, answer: LoadAnswer) -> bool:
+        """No copy came of it: the claim goes from the store before who waits is told, or the next
+        instance that is asked would find it there. False when the store did not take it."""
+        written = False
+        try:
+            async with asyncio.timeout(WITHDRAW_FLUSH_S):
+                await self._publisher.flush()
+            written = True
         except (MeshError, TimeoutError) as error:
-            log.warning("the failure of %s is not in the store yet: %s", model_id, error)
+            log.warning("the claim of %s is not withdrawn yet: %s", model_id, error)
         self._end_flight(model_id, answer)
+        return written
 
     # ---- flights ----
 
@@ -429,7 +438,7 @@ class Pod:
             future = self._gone[model_id] = asyncio.get_running_loop().create_future()
         return future
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -195,8 +195,8 @@ class Publisher:
                     self._back(batch)
                     self.lease_gone.set()
                     raise
-                except MeshError:
-                    self.connected = False
+                except BaseException as error:  # cancelled, too: whoever waited gave up
+                    self.connected = self.connected and not isinstance(error, MeshError)
                     self._back(batch)
                     raise
                 self.connected = True
