@@ -46,7 +46,7 @@ def array_of(data: object, kind: DataType, of: str) -> Array:
         if array.dtype.kind in "iu" and bool(((array == 0) | (array == 1)).all()):
             return array.astype(np.bool_)
         raise InvalidArgument(f"{of}: BOOL elements are true and false; found {_sample(array)}")
-    return _integers(array, kind, of)
+    return _integers(array, data, kind, of)
 
 
 def shaped(data: object, kind: DataType, shape: tuple[int, ...], of: str) -> Array:
@@ -55,6 +55,9 @@ def shaped(data: object, kind: DataType, shape: tuple[int, ...], of: str) -> Arr
     array = array_of(data, kind, of)
     if array.shape == shape:
         return array
+    if count == 0 and array.size == 0:
+        # Lists cannot tell (1, 0, 0) from (1, 0).
+        return array.reshape(shape)
     if array.ndim == 1 or (array.ndim == 0 and count == 1):
         if array.size == count:
             return array.reshape(shape)
@@ -153,11 +156,15 @@ def _with_not_finite(array: Array, of: str) -> Array:
     return flat.reshape(array.shape)
 
 
-def _integers(array: Array, kind: DataType, of: str) -> Array:
+def _integers(array: Array, data: object, kind: DataType, of: str) -> Array:
     limits = np.iinfo(kind.dtype)
     bounds = f"{kind.name} holds whole numbers from {limits.min} to {limits.max}"
     if array.dtype.kind not in "iu":
-        raise InvalidArgument(f"{of}: {bounds}; found {_sample(array)}")
+        # numpy turns [0, 2**63] into floats: look at the numbers themselves.
+        array = np.array(data, dtype=object)
+        for element in array.reshape(-1).tolist():
+            if type(element) is not int:
+                raise InvalidArgument(f"{of}: {bounds}; found {_kind_of(element)}")
     wrong = (array < limits.min) | (array > limits.max)
     if wrong.any():
         raise InvalidArgument(f"{of}: {bounds}; found {array[wrong].flat[0]}")

@@ -97,10 +97,7 @@ class SklearnModel:
         for name in outputs or self._default:
             method = getattr(self._estimator, name)
             try:
-                with warnings.catch_warnings():
-                    # "X does not have valid feature names": the protocol has no names for columns.
-                    warnings.simplefilter("ignore", UserWarning)
-                    answer = method(features)
+                answer = method(features)
             except (ValueError, TypeError) as error:
                 raise InvalidArgument(f"scikit-learn refused the input: {_line(error)}") from None
             except MemoryError as error:
@@ -161,6 +158,9 @@ class SklearnRuntime:
         import sklearn.base
         import skops.io
 
+        # The protocol has no names for columns. Set here and not around each call, since the filters
+        # belong to the process and not to a thread.
+        warnings.filterwarnings("ignore", message="X does not have valid feature names")
         with self._heap.measure() as growth:
             try:
                 if path.suffix == SKOPS_SUFFIX:
