@@ -28,6 +28,11 @@ INFERENCE_SERVICE: Final = "inferenceservice.serving.kserve.io"
 
 Row = TypeVar("Row")
 
+# What an instance says of a copy that stands in the lines above it, or belongs to the instance.
+_SAID_BEFORE: Final = frozenset(
+    "model_id instance_id state size_bytes in_flight model_type loaded_at_ms instance".split()
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Column(Generic[Row]):
@@ -188,8 +193,9 @@ def _copy(copy: CopyView, now_ms: int) -> list[str]:
         f"    {copy.instance_id} at {copy.address or '?'}: {copy.state} "
         f"for {_age(since, now_ms)}, {format_size(copy.size_bytes)}, {copy.inflight} in flight"
     ]
-    if copy.details:
-        lines.append(f"      {_pairs(copy.details)}")
+    details = {k: v for k, v in copy.details.items() if v and k not in _SAID_BEFORE}
+    if details:
+        lines.append(f"      {_pairs(details)}")
     return lines
 
 

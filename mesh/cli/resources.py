@@ -234,8 +234,14 @@ def describe(session: Session, name: str, format_: DetailFormat, timeout_s: floa
 
 def explain(session: Session, name: str, format_: DetailFormat, timeout_s: float) -> None:
     text = session.connect().explain(name, timeout_s=timeout_s)
-    if not _structured(text, format_):
-        out(output.explain_model(_decoded(Explanation, text)))
+    if _structured(text, format_):
+        known = bool(json.loads(text).get("model_id"))
+    else:
+        view = _decoded(Explanation, text)
+        out(output.explain_model(view))
+        known = bool(view.model_id)
+    if not known:
+        raise CommandError(f"not found: {name}; see `mesh get models`")
 
 
 def delete(

@@ -16,6 +16,7 @@ import typer
 
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.quantities import parse_duration_ms, parse_size
+from mesh.core.errors import MeshError
 
 COMMANDS: Final = ("up", "router", "instance")
 DEFAULT_ETCD: Final = "127.0.0.1:2379"
@@ -276,13 +277,16 @@ def router(
     tls_client_ca: TlsClientCaOption = None,
     max_message_size: MessageSizeOption = "16MiB",
     per_model_metrics: PerModelMetricsOption = False,
+    name: Annotated[
+        str, typer.Option(envvar=_env("ROUTER_NAME"), help="Start of the router's id.")
+    ] = "router",
     log_level: LogLevelOption = LogLevel.info,
 ) -> None:
     """One router, against an etcd that is already there."""
     from dataclasses import replace
 
     from mesh.wire.limits import INSIDE, PUBLIC
-    from router.process import serve
+    from router.process import main
     from router.settings import RouterSettings, TlsFiles
 
     check_tls(tls_cert, tls_key, tls_client_ca)
@@ -297,6 +301,7 @@ def router(
             etcd_endpoints=endpoints(etcd or [DEFAULT_ETCD]),
             prefix=prefix,
             namespace=namespace,
+            name=name,
             tls=tls,
             per_model_metrics=per_model_metrics,
             software_version=software_version(),
@@ -306,7 +311,13 @@ def router(
     except ValueError as error:
         raise CommandError(str(error), Exit.USAGE) from error
     set_up_logging(log_level)
-    raise typer.Exit(serve(settings))
+    try:
+        status = main(settings)
+    except MeshError as error:
+        raise CommandError(error.message, Exit.USAGE) from error
+    except OSError as error:
+        raise CommandError(f"cannot listen: {error}") from error
+    raise typer.Exit(status)
 
 
 def instance(

@@ -169,6 +169,7 @@ def _router(
         argv=(
             *mesh_command,
             "router",
+            *("--name", name),
             *_shared_flags(settings, addresses, metrics_port),
             *("--host", settings.host),
             *("--grpc-port", str(ports.grpc), "--rest-port", str(ports.rest)),
@@ -198,6 +199,7 @@ def _instance(
         argv=(
             *mesh_command,
             "instance",
+            *("--name", name),
             *_shared_flags(settings, addresses, metrics_port),
             # Only routers of this machine talk to it.
             *("--host", "127.0.0.1", "--grpc-port", "0"),

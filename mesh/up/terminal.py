@@ -39,6 +39,7 @@ class Terminal:
     problem_count: int = 0
     on_progress: Callable[[int, int], None] | None = None
     _restarted: set[str] = field(default_factory=set)
+    _last_words: dict[str, Sequence[str]] = field(default_factory=dict)
 
     def started(self, name: str, pid: int, attempt: int) -> None:
         if self.verbose or attempt:
@@ -63,7 +64,9 @@ class Terminal:
             else "its settings are wrong, so a restart would not help; stopping"
         )
         self.write(f"{name} died ({describe_exit(status)}); {what}")
-        for text in tail:
+        again = self._last_words.get(name) == tail[-1:]
+        self._last_words[name] = tuple(tail[-1:])
+        for text in tail[-1:] if again else tail:
             self.write(f"  [{name}] {text}")
 
     def stopping(self, name: str) -> None:

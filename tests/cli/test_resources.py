@@ -281,6 +281,18 @@ def test_explain_shows_the_choice_and_the_candidates(router: FakeRouter, mesh: M
     assert json.loads(mesh("explain", "iris", "-o", "json").stdout) == answer
 
 
+@pytest.mark.parametrize("format_", ["text", "json", "yaml"])
+def test_explain_of_an_unknown_name_explains_and_ends_with_1(
+    router: FakeRouter, mesh: Mesh, format_: str
+) -> None:
+    router.answers["Explain"] = lambda request: pb.ExplainResponse(
+        json='{"name": "zzz", "action": "not_found", "reason": "unknown_name"}'
+    ).SerializeToString()
+    result = mesh("explain", "zzz", "-o", format_)
+    assert result.exit_code == 1 and "unknown_name" in result.stdout
+    assert result.stderr == "error: not found: zzz; see `mesh get models`\n"
+
+
 def test_delete_says_what_went_and_what_was_not_there(router: FakeRouter, mesh: Mesh) -> None:
     router.answers["Delete"] = lambda request: pb.DeleteResponse(
         existed=pb.DeleteRequest.FromString(request).name == "a"

@@ -1,0 +1,94 @@
+# The commands of this project. `make` alone lists them.
+#
+# Everything lives in .venv (Python 3.11 or later; choose with PYTHON=...) and in .mesh.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+VENV := .venv
+BIN := $(VENV)/bin
+SAMPLES_DIR := .mesh/samples
+SAMPLES ?= 300
+# Each instance's memory for models: about half of the samples fit into two of these.
+CAPACITY ?= 24MiB
+# More flags for `make up` (UP_FLAGS="--grpc-port 9033") and `make test` (TEST_FLAGS="-k wire").
+UP_FLAGS ?=
+TEST_FLAGS ?=
+
+.PHONY: help
+help: ## list these commands
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
+		$(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(VENV)/.run-installed ## make .venv and install the project into it
+
+.PHONY: up
+up: setup samples ## a mesh on this machine with a few hundred sample models, until Ctrl-C
+	@exec $(BIN)/mesh up --models $(SAMPLES_DIR) --capacity $(CAPACITY) $(UP_FLAGS)
+
+.PHONY: samples
+samples: setup ## make the sample models (.mesh/samples)
+	@test -d $(SAMPLES_DIR) || echo "making $(SAMPLES) sample models (a minute or two, once) ..."
+	@$(BIN)/python -m mesh.samples $(SAMPLES_DIR) --count $(SAMPLES) >/dev/null
+
+.PHONY: test
+test: $(VENV)/.dev-installed ## all tests, with what they need installed first
+	@$(BIN)/python -m pytest $(TEST_FLAGS)
+
+.PHONY: test-unit
+test-unit: $(VENV)/.dev-installed ## the quick tests: no etcd, no processes of a mesh
+	@$(BIN)/python -m pytest -m "not etcd and not e2e and not client" $(TEST_FLAGS)
+
+.PHONY: lint
+lint: $(VENV)/.dev-installed ## ruff, formatting, mypy --strict, the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: check
+check: lint test ## lint and test: what CI runs
+
+.PHONY: bench
+bench: $(VENV)/.dev-installed ## the benchmarks, a table each and JSON in bench/results
+	@$(BIN)/python -m bench
+
+.PHONY: clean
+clean: ## remove .venv, .mesh and what tools left
+	rm -rf $(VENV) .mesh .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis \
+		build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- the virtual environment ----
+
+$(BIN)/python:
+	@found=""; \
+	for one in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+		if "$$one" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			found="$$one"; break; \
+		fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "error: Python 3.11 or later is needed; name one with: make PYTHON=/path/to/python3" >&2; \
+		exit 1; \
+	fi; \
+	if ! "$$found" -m venv $(VENV); then \
+		rm -rf $(VENV); \
+		echo "error: $$found cannot make a virtual environment;" \
+			"on Debian and Ubuntu: apt-get install python3-venv" >&2; \
+		exit 1; \
+	fi
+
+# Made anew when pyproject.toml changed; what is installed already is kept.
+$(VENV)/.run-installed: pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[up,sklearn,samples]'
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.run-installed
+	@echo "installing what tests and lint need ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[up,sklearn,samples,dev]'
+	@touch $@
