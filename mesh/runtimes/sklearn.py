@@ -158,7 +158,7 @@ class SklearnRuntime:
         import sklearn.base
         import skops.io
 
-        # The protocol has no names for columns. Set here and not around each call, since the filters
+        # The protocol has no names for columns. Set here, not around each call: the filters
         # belong to the process and not to a thread.
         warnings.filterwarnings("ignore", message="X does not have valid feature names")
         with self._heap.measure() as growth:
