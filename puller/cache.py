@@ -70,6 +70,7 @@ class Begun(Enum):
 
 class DiskCache:
     def __init__(self, directory: Path, capacity_bytes: int, disk: Disk) -> None:
+        directory = directory.absolute()  # paths handed out must outlive a change of folder
         self._directory = directory
         self._capacity_bytes = capacity_bytes
         self._disk = disk
@@ -119,7 +120,8 @@ class DiskCache:
         if name.size_bytes > self._capacity_bytes:
             raise LoadFailed(
                 f"the artifact has {name.size_bytes} bytes, more than the whole artifact cache "
-                f"({self._capacity_bytes} bytes in {self._directory}); make the cache larger"
+                f"({self._capacity_bytes} bytes in {self._directory}); make the cache larger "
+                "(--cache-size, MESH_CACHE_SIZE)"
             )
         with self._reported("write to"), self._changing():
             with self._mutex:

@@ -26,17 +26,23 @@ def locate_file(location: FileLocation, file_roots: tuple[Path, ...]) -> tuple[P
             "be read from; name one with --file-root DIR (MESH_FILE_ROOTS)"
         )
     wanted = Path(location.path)
+    try:
+        real = wanted.resolve()  # whether it exists is nobody's business outside the roots
+    except (OSError, RuntimeError):  # a loop of links
+        real = wanted
     for root in file_roots:
         try:
             real_root = root.resolve(strict=True)
         except OSError:
             continue  # a root that is not there cannot contain anything
-        # By text or by link: /models/x is below /models even if /models is a link elsewhere.
-        if is_below(wanted, root) or is_below(wanted, real_root):
-            return _resolve(root, wanted, location.uri), real_root
+        if is_below(real, real_root):
+            return _resolve(root, real, location.uri), real_root
+    by_link = any(is_below(wanted, root) for root in file_roots)
     raise LoadFailed(
-        f"{location.uri} refused: it is not below a folder that models may be read from "
-        f"({', '.join(map(str, file_roots))}); see --file-root (MESH_FILE_ROOTS)"
+        f"{location.uri} refused: it "
+        + ("leads out of the folder" if by_link else "is not below a folder")
+        + f" that models may be read from ({', '.join(map(str, file_roots))}); "
+        "see --file-root (MESH_FILE_ROOTS)"
     )
 
 

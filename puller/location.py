@@ -390,7 +390,7 @@ def _check_relative(path: str, what: str) -> None:
 
 def _in_secret(secret: StorageSecret) -> str:
     if not secret.where:
-        return ": no storage secret is configured (setting storage_config_dir)"
+        return ": no storage secret is configured (--storage-config, MESH_STORAGE_CONFIG)"
     if not secret.entries:
         return f" in storage secret {secret.where!r} (it has no entries)"
     names = sorted(secret.entries)

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 Report = Callable[[int, int | None], None]
 
 _BUSY_POLL_MS = 50  # another process is downloading the same: seconds, usually
+_DAMAGED_MAX = 5  # looks at an entry that is damaged and cannot be removed
 _DESCRIPTION = "artifact.json"
 _CONTENT = "content"
 
@@ -104,6 +105,7 @@ class RemoteFetcher:
         deadline: float,
     ) -> tuple[EntryName, Artifact]:
         name = EntryName(_location_digest(location), manifest.version, manifest.size_bytes)
+        damaged = 0
         while asyncio.get_running_loop().time() < deadline:
             # Hits first and alone: they do not wait for whoever changes what the cache holds.
             held = await self._pool.run(self._cache.try_hold, name)
@@ -113,6 +115,13 @@ class RemoteFetcher:
                     if artifact is not None:
                         report(artifact.size_bytes, artifact.size_bytes)
                         return name, artifact
+                    damaged += 1
+                    if damaged > _DAMAGED_MAX:
+                        raise LoadFailed(
+                            f"{location.uri}: its cache entry {self._cache.content(name)} is "
+                            "damaged, and another process uses it; stop that, or remove the entry",
+                            code=Code.UNAVAILABLE,
+                        )
                     await asyncio.sleep(_BUSY_POLL_MS / 1000)
                 case Begun.BUSY:
                     await asyncio.sleep(_BUSY_POLL_MS / 1000)
@@ -202,9 +211,12 @@ class RemoteFetcher:
 
     def _drop_other_versions(self, name: EntryName) -> None:
         """Nobody asks for a version that the source no longer has; its room is worth more."""
-        for other in self._cache.versions(name.location):
-            if other != name:
-                self._cache.discard(other)
+        try:
+            for other in self._cache.versions(name.location):
+                if other != name:
+                    self._cache.discard(other)
+        except LoadFailed as error:  # they go by their last use, then
+            logger.warning("old versions stay in the cache: %s", error.message)
 
     def _disk_failure(self, name: EntryName, error: OSError) -> LoadFailed:
         directory = self._settings.cache_dir

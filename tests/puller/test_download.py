@@ -321,6 +321,18 @@ async def test_a_damaged_cache_entry_is_pulled_again(
     assert (again.path / "big").read_bytes() == store.objects["m/big"]
 
 
+async def test_a_damaged_entry_that_another_uses_is_not_waited_for(
+    open_puller: OpenPuller,
+) -> None:
+    store = two_files()
+    artifact = await open_puller(store).fetch(request(URI))  # and it holds on to it
+    (artifact.path / "big").write_bytes(b"cut off")
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(LoadFailed, match="is damaged, and another process uses it") as caught:
+            await open_puller(store).fetch(request(URI))
+    assert caught.value.code is Code.UNAVAILABLE
+
+
 async def test_a_fetch_that_takes_too_long_is_given_up(
     open_puller: OpenPuller, cache_dir: Path
 ) -> None:

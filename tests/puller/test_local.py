@@ -80,6 +80,24 @@ async def test_a_link_out_is_refused(open_puller: OpenPuller, root: Path) -> Non
     assert "leads out" in await refusal(puller, f"file://{root}/a")  # it is inside the folder
 
 
+async def test_a_root_may_be_reached_by_a_link(open_puller: OpenPuller, root: Path) -> None:
+    """An operator's root behind a link, named by the link or by where it leads."""
+    link = root.parent / "link"
+    link.symlink_to(root)
+    for named in (root, link):
+        puller = open_puller(file_roots=(named,))
+        for used in (root, link):
+            artifact = await puller.fetch(request(f"file://{used}/a"))
+            assert artifact.path == root / "a"
+
+
+async def test_a_refusal_does_not_tell_what_exists(open_puller: OpenPuller, root: Path) -> None:
+    puller = open_puller(file_roots=(root,))
+    there = await refusal(puller, "file:///etc/passwd")
+    not_there = await refusal(puller, "file:///etc/nonono")
+    assert there.replace("passwd", "nonono") == not_there
+
+
 async def test_links_inside_are_followed_and_counted(open_puller: OpenPuller, root: Path) -> None:
     """As Kubernetes mounts a ConfigMap: names are links through ``..data``."""
     (root / "cm/..2024").mkdir(parents=True)
