@@ -24,6 +24,7 @@ class Relay:
         self._target = (host, int(port))
         self._cut_after_bytes = cut_after_bytes
         self.cuts_left = cuts
+        self.requests = bytearray()  # all that clients sent
         self._backs: set[asyncio.StreamWriter] = set()
 
     def stop(self) -> None:
@@ -52,10 +53,10 @@ class Relay:
             back_writer.transport.abort()
             self._backs.discard(back_writer)
 
-    @staticmethod
-    async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
             while chunk := await reader.read(65536):
+                self.requests += chunk
                 writer.write(chunk)
                 await writer.drain()
 

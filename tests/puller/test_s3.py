@@ -208,6 +208,19 @@ async def test_a_changed_object_is_noticed_by_its_etag(
     assert artifact.path.read_bytes() == new
 
 
+async def test_every_read_names_its_version(
+    open_puller: OpenPuller, s3: Any, bucket: str, moto_endpoint: str
+) -> None:
+    """So that a changed object costs a refusal and not a transfer."""
+    etag = s3.put_object(Bucket=bucket, Key="m", Body=content(40_000))["ETag"]
+    relay = Relay(moto_endpoint)
+    async with relaying(relay) as endpoint:
+        await open_puller(aws_env=env(endpoint)).fetch(request(f"s3://{bucket}/m"))
+    sent = relay.requests.decode().lower()
+    assert sent.count("range: bytes=") == 4
+    assert sent.count(f"if-match: {etag}") == 4
+
+
 async def test_an_unreachable_store_is_unavailable(
     open_puller: OpenPuller, cache_dir: Path
 ) -> None:
