@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
             skipped.append(name)
             print(f"== {name} ==\nskipped: {missing}\n", flush=True)
             continue
-        except BenchError as error:
+        except (BenchError, ValueError) as error:
             failed.append(name)
             print(f"{report.text()}\nFAILED: {error}\n", flush=True)
             continue

@@ -15,7 +15,7 @@ import grpc
 
 from bench.payload import INFER_PATH
 from bench.process import BenchError, Child, Unavailable, free_port
-from bench.scrape import sums, wait_ready
+from bench.scrape import sums, wait_for_series, wait_ready
 from mesh.store.etcd_binary import EtcdNotFound, find_etcd
 from protos import mmesh_pb2
 
@@ -122,6 +122,7 @@ def cluster(
         )
         for process in (*pods, router):
             wait_ready(process.child, process.metrics_port, READY_TIMEOUT_S)
+        wait_for_series(router.child, router.metrics_port, "mesh_instances", instances)
         channel = stack.enter_context(
             grpc.insecure_channel(
                 f"127.0.0.1:{router.port}", options=(("grpc.use_local_subchannel_pool", 1),)

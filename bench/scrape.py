@@ -11,6 +11,7 @@ import urllib.request
 from bench.process import BenchError, Child
 
 SCRAPE_TIMEOUT_S = 5.0
+SERIES_TIMEOUT_S = 15.0
 
 
 def page(port: int, path: str = "/metrics") -> str:
@@ -48,3 +49,16 @@ def wait_ready(child: Child, port: int, timeout_s: float) -> None:
                 return
         time.sleep(0.05)
     raise BenchError(f"{child.name} is not ready after {timeout_s:.0f} s: {last}\n{child.output()}")
+
+
+def wait_for_series(child: Child, port: int, name: str, least: float) -> None:
+    """Until the series has at least this value."""
+    deadline = time.monotonic() + SERIES_TIMEOUT_S
+    value = 0.0
+    while time.monotonic() < deadline:
+        child.check()
+        value = sums(port).get(name, 0.0)
+        if value >= least:
+            return
+        time.sleep(0.02)
+    raise BenchError(f"{child.name}: {name} is {value:g} and does not become {least:g}")

@@ -35,6 +35,8 @@ def pair_ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     """Ratio of each interleaved pair, then their spread: what drifts hits both of a pair."""
     if len(ours) != len(theirs):
         raise ValueError(f"{len(ours)} runs cannot be paired with {len(theirs)}")
+    if not all(theirs):
+        raise ValueError("a run measured zero: make it longer (--seconds)")
     return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
