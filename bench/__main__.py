@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bench import density, inference, miss, relay
@@ -15,7 +15,8 @@ from bench.report import ROOT, Report, machine
 
 RESULTS = ROOT / "bench/results/local"
 
-PARTS: dict[str, tuple[str, Callable[[Report, Effort], None]]] = {
+Part = tuple[str, Callable[[Report, Effort], None]]
+PARTS: dict[str, Part] = {
     "relay": ("the router's relay against grpcio, Envoy and HAProxy", relay.measure),
     "instance": ("inference in one instance against a bare loop", inference.measure_instance),
     "end-to-end": ("router and instance against the instance", inference.measure_end_to_end),
@@ -54,21 +55,21 @@ def effort_of(options: argparse.Namespace) -> Effort:
     )
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], parts: Mapping[str, Part] = PARTS) -> int:
     options = parser().parse_args(arguments)
-    unknown = [name for name in options.parts if name not in PARTS]
+    unknown = [name for name in options.parts if name not in parts]
     if unknown:
-        parser().error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        parser().error(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
     effort = effort_of(options)
     found, missed, failed, skipped = 0, [], [], []
-    for name in options.parts or PARTS:
+    for name in options.parts or parts:
         report = Report(name)
         started = time.perf_counter()
         try:
             if name == "relay" and options.scenario:
                 relay.measure(report, effort, options.scenario)
             else:
-                PARTS[name][1](report, effort)
+                parts[name][1](report, effort)
         except Unavailable as missing:
             skipped.append(name)
             print(f"== {name} ==\nskipped: {missing}\n", flush=True)
