@@ -139,10 +139,12 @@ class Connection:
 
     def _lost(self, details: str) -> CommandError:
         fault = _socket_fault(self._target, CONNECT_TIMEOUT_S)
-        tls = "with TLS" if self._target.tls else "without TLS (--tls)"
-        return _unreachable(
-            self._target, fault or f"the connection broke ({details}); is it gRPC, {tls}"
+        advice = (
+            "perhaps it wants no TLS, or another certificate"
+            if self._target.tls
+            else "perhaps it wants TLS (--tls-ca FILE)"
         )
+        return _unreachable(self._target, fault or f"the connection broke ({details}); {advice}")
 
 
 def _open_channel(target: Target) -> grpc.Channel:

@@ -257,7 +257,9 @@ def up(
         verbose=verbose,
     )
     try:
-        status = run_up(settings, CommandLineFront(tls_cert, tls_key))
+        status = run_up(
+            settings, CommandLineFront(tls_cert, tls_key, mutual=tls_client_ca is not None)
+        )
     except UpRefused as error:
         raise CommandError(str(error)) from error
     raise typer.Exit(status)

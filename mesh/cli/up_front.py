@@ -68,9 +68,10 @@ def _sync_error(error: CommandError) -> SyncRefused | SyncUnavailable:
 class CommandLineFront:
     """``mesh.up.run.Front``. With TLS, the router's own certificate is trusted and shown."""
 
-    def __init__(self, tls_cert: Path | None, tls_key: Path | None) -> None:
+    def __init__(self, tls_cert: Path | None, tls_key: Path | None, *, mutual: bool) -> None:
         self._tls_cert = tls_cert
         self._tls_key = tls_key
+        self._mutual = mutual
 
     def _target(self, address: str) -> Target:
         return Target(
@@ -90,10 +91,7 @@ class CommandLineFront:
     def request_to_paste(
         self, addresses: Addresses, models: Sequence[str], folder: Path | None
     ) -> str:
-        curl = f"curl -s http://{addresses.rest}"
-        if self._tls_cert is not None:
-            cert = shlex.quote(str(self._tls_cert))
-            curl = f"curl -s --cacert {cert} https://{addresses.rest}"
+        curl = f"{self._curl()}{addresses.rest}"
         if not models:
             return f"No model yet: `mesh apply -f FILE`, or --models DIR. Ask:\n  {curl}/v2"
         example = _from_folder(folder, models) if folder is not None else None
@@ -109,6 +107,14 @@ class CommandLineFront:
             return f"Ask for its models:\n  mesh --address {addresses.grpc} get models"
         body = shlex.quote(json.dumps(request))
         return f"A request to paste:\n  {curl}/v2/models/{models[0]}/infer -d {body}"
+
+    def _curl(self) -> str:
+        """curl and the scheme; with mutual TLS the server's own certificate is shown to it."""
+        if self._tls_cert is None or self._tls_key is None:
+            return "curl -s http://"
+        cert, key = shlex.quote(str(self._tls_cert)), shlex.quote(str(self._tls_key))
+        shown = f" --cert {cert} --key {key}" if self._mutual else ""
+        return f"curl -s --cacert {cert}{shown} https://"
 
     def _example(self, grpc: str, model: str) -> dict[str, Any] | None:
         """A request of the right shape; None when the model does not tell or is too large."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -21,6 +22,7 @@ from mesh.up.supervisor import Supervisor
 from mesh.up.terminal import Terminal
 
 SCAN_PERIOD_S: Final = 1.0
+_SAME_PRESS_S: Final = 0.5
 
 
 class Front(Protocol):
@@ -51,7 +53,7 @@ async def _run(settings: UpSettings, front: Front, data_dir: DataDir, terminal: 
         terminal.write(f"note: {assembly.etcd.caution}")
     terminal.write(f"starting {_parts(settings, assembly)}; logs in {data_dir.logs}/")
     supervisor = Supervisor(assembly.commands, terminal)
-    _handle_signals(supervisor)
+    StopRequests(supervisor, time.monotonic).listen(asyncio.get_running_loop())
     announce = asyncio.create_task(
         _when_ready(settings, front, data_dir, terminal, supervisor, assembly)
     )
@@ -64,21 +66,36 @@ async def _run(settings: UpSettings, front: Front, data_dir: DataDir, terminal: 
     return 0 if clean else 1
 
 
-def _handle_signals(supervisor: Supervisor) -> None:
-    loop = asyncio.get_running_loop()
-    asked = False
+class Stoppable(Protocol):
+    def ask_stop(self) -> None: ...
 
-    def stop(*, impatient: bool) -> None:
-        nonlocal asked
-        if asked and impatient:
-            supervisor.ask_kill()
-        else:
-            supervisor.ask_stop()
-        asked = True
+    def ask_kill(self) -> None: ...
 
-    loop.add_signal_handler(signal.SIGINT, lambda: stop(impatient=True))
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, lambda: stop(impatient=False))
+
+class StopRequests:
+    """What the signals mean: the first stops, a second Ctrl-C kills.
+
+    A Ctrl-C can arrive twice at once (from the terminal and from a wrapper that passes it on):
+    only one that comes ``_SAME_PRESS_S`` later is a second one.
+    """
+
+    def __init__(self, supervisor: Stoppable, now: Callable[[], float]) -> None:
+        self._supervisor = supervisor
+        self._now = now
+        self._first_at: float | None = None
+
+    def ask(self, *, impatient: bool) -> None:
+        now = self._now()
+        if self._first_at is None:
+            self._first_at = now
+            self._supervisor.ask_stop()
+        elif impatient and now - self._first_at >= _SAME_PRESS_S:
+            self._supervisor.ask_kill()
+
+    def listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.add_signal_handler(signal.SIGINT, lambda: self.ask(impatient=True))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, lambda: self.ask(impatient=False))
 
 
 async def _when_ready(
