@@ -3,8 +3,10 @@
 A request runs inline when its copy's measured time for messages of its size is at most
 ``inline_max_us`` and this turn of the loop has spent at most ``inline_turn_max_us`` on inference;
 what exceeds the turn waits for the next one, in which sockets are served first. Everything else
-goes to a bounded set of threads. Copies with work stand in one line, so that a slow model does not
-starve the others, and no copy holds all threads.
+goes to a bounded set of threads. There the measure is processor time, because waiting for the
+interpreter's lock is no time of the model's; inline it is real time, and a copy that held up the
+loop is not tried inline again for a while. Copies with work stand in one line, so that a slow
+model does not starve the others, and no copy holds all threads.
 
 Bounds: ``max_concurrency`` of the copy at once, ``max_queued_per_copy`` behind them, and
 ``MAX_HELD_BYTES`` of request bytes altogether; beyond that RESOURCE_EXHAUSTED with the trailer
@@ -21,7 +23,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from time import monotonic, perf_counter_ns
+from time import monotonic, perf_counter_ns, thread_time_ns
 from typing import Final
 
 from mesh.core.errors import Code, DeadlineExceeded, Internal, MeshError, ResourceExhausted
@@ -46,6 +48,7 @@ class Job:
 
     __slots__ = (
         "call",
+        "cpu_ns",
         "encoded",
         "error",
         "form",
@@ -70,6 +73,7 @@ class Job:
         self.queued_ns = now_ns
         self.started_ns = 0
         self.spent_ns = 0
+        self.cpu_ns = 0
         self.call: InferCall | None = None
         self.tensors: list[Tensor] | None = None
         self.encoded: Encoded | None = None
@@ -78,6 +82,7 @@ class Job:
     def run(self) -> None:
         """In a worker thread. Large messages are decoded and encoded here too."""
         self.started_ns = perf_counter_ns()
+        started_cpu_ns = thread_time_ns()
         try:
             call = self.call
             if call is None:
@@ -92,6 +97,8 @@ class Job:
         except Exception as error:
             log.exception("inference with model %r failed", self.servable.model_id)
             self.error = unexpected(self.servable, error)
+        # Waiting for the interpreter's lock is no time of the model's.
+        self.cpu_ns = thread_time_ns() - started_cpu_ns
         self.spent_ns = perf_counter_ns() - self.started_ns
 
 
@@ -117,6 +124,7 @@ class Executor:
     ) -> None:
         self._inline_max_ns = policy.inline_max_us * 1_000
         self._turn_max_ns = policy.inline_turn_max_us * 1_000
+        self._held_up_ns = 8 * self._inline_max_ns
         self._max_queued = policy.max_queued_per_copy
         self._metrics = metrics
         self._offset_ms = clock_offset_ms
@@ -164,7 +172,7 @@ class Executor:
         if size <= INLINE_BYTES_MAX:
             size_class = size.bit_length()
             estimate = servable.estimates[size_class]
-            if 0 < estimate <= self._inline_max_ns and not servable.queue:
+            if 0 < estimate <= self._inline_max_ns and not servable.inline_pause:
                 if not self._deferred and self._turn_ns + estimate <= self._turn_max_ns:
                     self._run_inline(servable, form, sink, message, method, now_ns, size_class)
                     return
@@ -204,6 +212,8 @@ class Executor:
             statistics.infer_ns += inferred_ns - decoded_ns
             statistics.encode_ns += ended_ns - inferred_ns
             servable.learn(size_class, ended_ns - started_ns)
+            if ended_ns - started_ns > self._held_up_ns:
+                servable.held_up_the_loop()
         except MeshError as error:
             code = int(error.code)
             sink.fail(error)
@@ -261,6 +271,8 @@ class Executor:
         now_ns: int,
     ) -> None:
         size = len(message)
+        if servable.inline_pause:
+            servable.inline_pause -= 1
         waiting = servable.running + len(servable.queue)
         if waiting >= servable.max_concurrency + self._max_queued:
             self._purge(servable)
@@ -367,7 +379,7 @@ class Executor:
         statistics.queue_ns += waited_ns
         statistics.infer_ns += job.spent_ns
         if len(job.message) <= INLINE_BYTES_MAX and job.encoded is None:
-            servable.learn(len(job.message).bit_length(), job.spent_ns)
+            servable.learn(len(job.message).bit_length(), job.cpu_ns or 1)
         self._metrics.invoke_done(
             job.method, 0, (ended_ns - job.queued_ns) / 1e6, servable.model_id
         )

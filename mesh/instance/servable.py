@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 # the loop too long to copy, whatever the model does with it.
 INLINE_BYTES_MAX: Final = 64 * 1024
 
+# Requests that go to threads after an inline run that held up the loop; four times as many after
+# each further one, so that one lost time slice costs little and a model that sleeps is found out.
+_PAUSE_FIRST: Final = 16
+_PAUSE_MAX: Final = 16_384
+
 # A time is remembered for each power of two of the message's size: a model that is quick with one
 # row is not with a thousand.
 _SIZE_CLASSES: Final = INLINE_BYTES_MAX.bit_length() + 1
@@ -52,8 +57,10 @@ class Servable:
     """``estimates`` are nanoseconds by class of size, 0 where nothing was measured yet."""
 
     __slots__ = (
+        "_next_pause",
         "codec",
         "estimates",
+        "inline_pause",
         "max_concurrency",
         "metadata",
         "model",
@@ -77,6 +84,8 @@ class Servable:
         self.use = use
         self.max_concurrency = max_concurrency
         self.estimates = [0] * _SIZE_CLASSES
+        self.inline_pause = 0  # requests that go to threads before one is tried inline again
+        self._next_pause = _PAUSE_FIRST
         self.running = 0  # in worker threads
         self.queue: deque[Job] = deque()
         self.queued_ready = False  # stands in the executor's line of copies with work
@@ -91,4 +100,10 @@ class Servable:
         elif elapsed_ns < known:
             self.estimates[size_class] = (known + elapsed_ns) >> 1
         else:
-            self.estimates[size_class] = known + (min(elapsed_ns, known << 2) - known >> 3) + 1
+            self.estimates[size_class] = known + ((min(elapsed_ns, known << 2) - known) >> 3) + 1
+
+    def held_up_the_loop(self) -> None:
+        """An inline run took far too long. Processor time, which threads are judged by, does not
+        show a model that waits for something, so inline runs are tried ever more rarely."""
+        self.inline_pause = self._next_pause
+        self._next_pause = min(self._next_pause * 4, _PAUSE_MAX)
