@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError, Message
 from mesh.core.errors import InvalidArgument, MeshError, NotFound
 from mesh.instance.inference import NOT_HERE, not_here
 from mesh.instance.servable import Servable
+from mesh.oip.call import versions_of
 from mesh.runtimes.api import TensorSpec
 from mesh.wire.server import AsyncUnary, Method, ServerCall, Unary
 from protos import oip_pb2
@@ -105,8 +106,8 @@ class ModelInfo:
         servable = self._servables.get(model_id)
         if servable is None:
             raise _NotHere(model_id)
-        versions = servable.metadata.versions
-        if version and versions and version not in versions:
+        versions = versions_of(servable.metadata)
+        if version and version not in versions:
             raise NotFound(
                 f"model {model_id!r} has no version {version!r}; it has {list(versions)}"
             )
@@ -126,7 +127,7 @@ class ModelInfo:
         tensor = oip_pb2.ModelMetadataResponse.TensorMetadata
         return oip_pb2.ModelMetadataResponse(
             name=name,
-            versions=metadata.versions,
+            versions=versions_of(servable.metadata),
             platform=metadata.platform,
             inputs=[
                 tensor(name=s.name, datatype=s.datatype, shape=_shape(s)) for s in metadata.inputs
@@ -181,10 +182,9 @@ def _statistics(servable: Servable, name: str) -> oip_pb2.ModelStatistics:
     s = servable.statistics
     duration = oip_pb2.StatisticDuration
     done = s.success_count
-    versions = servable.metadata.versions
     return oip_pb2.ModelStatistics(
         name=name,
-        version=versions[0] if versions else "",
+        version=versions_of(servable.metadata)[0],
         last_inference=servable.use.last_used_at_ms if done else 0,
         inference_count=done,
         execution_count=done,

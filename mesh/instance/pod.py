@@ -269,6 +269,8 @@ class Pod:
         never re-entered."""
         for instruction in self.cache.handle(event, self._clock.now_ms()):
             self._carry_out(instruction)
+        if not isinstance(event, Tick | Drain) and self.cache.get(event.model_id) is None:
+            self.records.pop(event.model_id, None)
         for model_id in [name for name in self._gone if self.cache.get(name) is None]:
             self._gone.pop(model_id).set_result(None)
 
