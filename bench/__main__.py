@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--full", action="store_true", help="more and longer pairs")
     made.add_argument("--smoke", action="store_true", help="does it run; the numbers mean nothing")
     made.add_argument("--pairs", type=int, help="interleaved pairs (usual: 7)")
-    made.add_argument("--seconds", type=float, help="length of one run (usual: 0.5)")
+    made.add_argument("--seconds", type=float, help="length of one run (usual: 0.35)")
     made.add_argument("--scenario", action="append", choices=relay.SCENARIOS, help="of the relay")
     made.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the JSON (%(default)s)"
@@ -52,6 +52,7 @@ def effort_of(options: argparse.Namespace) -> Effort:
         pairs=options.pairs or chosen.pairs,
         seconds=options.seconds or chosen.seconds,
         scale=chosen.scale,
+        wide=chosen.wide,
     )
 
 

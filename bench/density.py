@@ -23,6 +23,7 @@ from bench.effort import Effort
 from bench.h2load import Load
 from bench.models import check_reply, request_for, small_model
 from bench.payload import INFER_PATH, framed
+from bench.process import serving_core
 from bench.report import Report
 from bench.scrape import sums
 from bench.stats import pair_ratios, percentile, spread
@@ -33,11 +34,12 @@ MODELS = 10_000
 FEW = 10
 HELD_PER_INSTANCE = 500
 INSTANCES = 2
-REQUESTS = 6_000
+REQUESTS = 5_000
 IN_FLIGHT = 16
 ZIPF_EXPONENT = 1.1
 SEED = 20
-PROBE_MODELS = 30
+PROBE_MODELS = 200
+PROBE_CAPACITY_BYTES = 1 << 30
 REQUEST_TIMEOUT_S = 60.0
 WATCH_PERIOD_S = 0.05
 MIB = 1 << 20
@@ -65,14 +67,19 @@ def zipf_sequence(names: Sequence[str], requests: int, seed: int) -> list[str]:
     return random.Random(seed).choices(list(names), cum_weights=list(weights), k=requests)
 
 
-def size_of_a_copy(endpoint: str, folder: Path, models: Sequence[tuple[str, Path]]) -> float:
-    """What one of these models counts for, as an instance measures it."""
+def capacity_for(
+    endpoint: str, folder: Path, models: Sequence[tuple[str, Path]], held: int
+) -> tuple[float, int]:
+    """(bytes that one of these models counts for, as an instance measures it; the capacity with
+    which an instance holds about ``held`` of them beside its unload buffer)."""
     with cluster(endpoint, folder, namespace="probe", instances=1, capacity_bytes=1 << 30) as probe:
         probe.register(models)
         for name, _ in models:
             probe.load(name)
         pod = sums(probe.instances[0].metrics_port)
-    return pod["modelmesh_instance_used_bytes"] / pod["modelmesh_instance_models_total"]
+    size = pod["modelmesh_instance_used_bytes"] / pod["modelmesh_instance_models_total"]
+    buffer = PROBE_CAPACITY_BYTES / pod["modelmesh_instance_capacity_bytes"]
+    return size, max(1 << 20, int(held * size * buffer))
 
 
 def measure(report: Report, effort: Effort) -> None:
@@ -82,8 +89,7 @@ def measure(report: Report, effort: Effort) -> None:
         folder = Path(name)
         models = write_models(folder, names_of(count), small_model())
         endpoint = stack.enter_context(etcd(folder / "etcd"))
-        size = size_of_a_copy(endpoint, folder, models[: min(PROBE_MODELS, count)])
-        capacity = max(1 << 20, int(size * held))
+        size, capacity = capacity_for(endpoint, folder, models[: min(PROBE_MODELS, count)], held)
         many = stack.enter_context(
             cluster(
                 endpoint, folder, namespace="many", instances=INSTANCES, capacity_bytes=capacity
@@ -201,6 +207,9 @@ def compare_hits(
     body.write_bytes(framed(request_for(name)))
     reply_bytes = {id(mesh): len(framed(mesh.infer(request_for(name)))) for mesh in (many, few)}
     requests = max(50, int(3_000 * effort.seconds))
+    for mesh in (many, few):  # one core for both, the other for h2load: the same for each
+        for process in (mesh.router, *mesh.instances):
+            process.child.pin(serving_core())
 
     def p50_us(mesh: Cluster) -> float:
         run = h2load.run(

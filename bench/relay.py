@@ -35,7 +35,7 @@ LARGE = Load(0, 4, 1)
 # Beside four streams of 4 MiB: eight clients, each with one request at a time.
 BESIDE = Load(0, 8, 1)
 STORM_CONNECTIONS = 1_000
-STORM_REQUESTS = 10_000
+STORM_REQUESTS = 8_000
 FRESH_STORMS = 3
 LONGEST_REQUEST_MS = 1_000.0
 # What a proxy may hold when a client reads nothing of 16 replies of 4 MiB (64 MiB in all).
@@ -117,6 +117,11 @@ def chosen(running: dict[str, Proxy], *names: str) -> list[Proxy]:
     return [running[name] for name in names if name in running]
 
 
+def _without_target(effort: Effort) -> tuple[str, ...]:
+    """Baselines that a scenario can do without."""
+    return ("envoy",) if effort.wide else ()
+
+
 def ratio_of(samples: Samples, other: str, value: Callable[[Sample], float]) -> Spread | None:
     """Our value through the other's, pair by pair; None when one of the two did not run."""
     if "mesh" not in samples or other not in samples:
@@ -149,7 +154,7 @@ def small(report: Report, effort: Effort, running: dict[str, Proxy], bodies: Bod
 
 
 def lone(report: Report, effort: Effort, running: dict[str, Proxy], bodies: Bodies) -> None:
-    targets = chosen(running, "direct", "mesh", "haproxy", "envoy")
+    targets = chosen(running, "direct", "mesh", "haproxy", *_without_target(effort))
     samples = interleaved(targets, effort, bodies.small, LONE, log=True)
     added: dict[str, list[float]] = {}
     for name, mine in samples.items():
@@ -175,7 +180,7 @@ def many(report: Report, effort: Effort, running: dict[str, Proxy], bodies: Bodi
     connections = effort.scaled(STORM_CONNECTIONS, 10)
     storm = Load(effort.scaled(STORM_REQUESTS, connections), connections, 1)
     section = f"many: {connections} connections × 1 stream"
-    targets = chosen(running, "mesh", "haproxy", "envoy")
+    targets = chosen(running, "mesh", "haproxy", *_without_target(effort))
     for target in targets:  # connections to the back end exist from here on
         sample(target, bodies.small, storm)
     samples: Samples = {target.name: [] for target in targets}
