@@ -85,10 +85,10 @@ $(BIN)/python:
 # Made anew when pyproject.toml changed; what is installed already is kept.
 $(VENV)/.run-installed: pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[up,sklearn,samples]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[up,sklearn,samples]'
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.run-installed
 	@echo "installing what tests and lint need ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[up,sklearn,samples,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[up,sklearn,samples,dev]'
 	@touch $@

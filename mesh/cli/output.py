@@ -30,16 +30,10 @@ Row = TypeVar("Row")
 
 # What an instance says of a copy that stands in the lines above it, or belongs to the instance.
 _SAID_BEFORE: Final = frozenset(
-    [
-        "model_id",
-        "instance_id",
-        "state",
-        "size_bytes",
-        "in_flight",
-        "model_type",
-        "loaded_at_ms",
-        "instance",
-    ]
+    {
+        *("model_id", "instance_id", "state", "size_bytes"),
+        *("in_flight", "model_type", "loaded_at_ms", "instance"),
+    }
 )
 
 

@@ -149,6 +149,7 @@ def port_is_free(host: str, port: int) -> bool:
 def refuse_taken_ports(wishes: Sequence[PortWish]) -> None:
     """Raise one ``UpRefused`` that names every port that is taken or wanted twice."""
     faults: list[str] = []
+    taken: list[str] = []
     seen: dict[int, PortWish] = {}
     for wish in wishes:
         other = seen.setdefault(wish.port, wish)
@@ -160,10 +161,11 @@ def refuse_taken_ports(wishes: Sequence[PortWish]) -> None:
         elif wish.port > 65_535:
             faults.append(f"there is no port {wish.port} ({wish.purpose}, {wish.flag})")
         elif not port_is_free(wish.host, wish.port):
-            faults.append(
-                f"port {wish.port} on {wish.host} is taken; it is wanted for {wish.purpose}: "
-                f"stop who listens there, or choose another with {wish.flag}"
-            )
+            taken.append(f"port {wish.port} on {wish.host} ({wish.purpose}: {wish.flag})")
+    if taken:
+        faults.append(
+            f"taken: {', '.join(taken)}; stop who listens there, or choose others with these flags"
+        )
     if faults:
         raise UpRefused("; ".join(faults))
 
@@ -186,7 +188,7 @@ def prometheus_files(
 ) -> dict[Path, str]:
     """The file_sd list of the metrics addresses, and a Prometheus configuration that reads it."""
     targets = [
-        {"targets": [address], "labels": {"job": f"mesh-{role}", role: f"{role}-{number}"}}
+        {"targets": [address], "labels": {"job": f"mesh-{role}", "instance": f"{role}-{number}"}}
         for role, addresses in (("router", routers), ("instance", instances))
         for number, address in enumerate(addresses, 1)
     ]

@@ -111,7 +111,7 @@ async def _when_ready(
         sync = None
         if settings.models is not None:
             sync = FolderSync(
-                settings.models,
+                settings.models.resolve(),  # as the instances know it, who may read only there
                 data_dir.folder_state,
                 front.applier(assembly.addresses.grpc),
                 terminal,

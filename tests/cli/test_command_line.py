@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -67,6 +68,29 @@ def test_python_dash_m_is_the_command() -> None:
         cwd=REPOSITORY,
     )
     assert done.returncode == 0 and done.stdout.startswith("mesh ")
+
+
+def test_completion_of_commands_and_of_models(router: FakeRouter) -> None:
+    router.rows["models"] = [{"name": "iris"}, {"name": "irritant"}, {"name": "wine"}]
+
+    def complete(words: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", "from mesh.cli.main import app; app(prog_name='mesh')"],
+            env={
+                **os.environ,
+                "_MESH_COMPLETE": "complete_bash",
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(len(words.split(" ")) - 1),
+                "MESH_ADDRESS": router.address,
+            },
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        return done.stdout.split()
+
+    assert complete("mesh de") == ["describe", "delete"]
+    assert complete("mesh infer ir") == ["iris", "irritant"]
 
 
 def test_nobody_listens() -> None:
@@ -191,8 +215,7 @@ def test_a_port_in_use_is_refused_by_the_command(tmp_path: Path) -> None:
         port = str(other.getsockname()[1])
         result = run("up", "--data-dir", str(tmp_path), "--grpc-port", port, "--rest-port", "0")
     assert result.exit_code == 1
-    assert f"port {port} on 127.0.0.1 is taken" in result.stderr
-    assert "--grpc-port" in result.stderr
+    assert f"port {port} on 127.0.0.1 (gRPC: --grpc-port)" in result.stderr
 
 
 def test_a_models_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

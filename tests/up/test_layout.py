@@ -81,8 +81,9 @@ def test_every_taken_port_is_named_with_its_flag() -> None:
                 ]
             )
     text = str(refused.value)
-    assert f"port {grpc} on {HOST} is taken" in text and "--grpc-port" in text
-    assert f"port {rest} on {HOST} is taken" in text and "--rest-port" in text
+    assert text.startswith("taken: ")
+    assert f"port {grpc} on {HOST} (gRPC: --grpc-port)" in text
+    assert f"port {rest} on {HOST} (REST: --rest-port)" in text
 
 
 def test_a_port_shared_with_so_reuseport_is_taken_all_the_same() -> None:
@@ -130,5 +131,10 @@ def test_prometheus_is_told_of_every_metrics_address(tmp_path: Path) -> None:
         ["127.0.0.1:2112"],
         ["127.0.0.1:2113"],
         ["127.0.0.1:2114"],
+    ]
+    assert [tuple(entry["labels"].values()) for entry in targets] == [
+        ("mesh-router", "router-1"),
+        ("mesh-instance", "instance-1"),
+        ("mesh-instance", "instance-2"),
     ]
     assert str(data_dir.prometheus_sd.resolve()) in files[data_dir.prometheus_config]
