@@ -217,7 +217,7 @@ class Cache:
             self._reject(copy, Reason.NO_FREE_MEMORY)
         elif need > self._obtainable_bytes():
             self._reject(copy, Reason.NO_ROOM)
-        elif self._would_churn(need, now_ms):
+        elif self._would_churn(now_ms):
             self._reject(copy, Reason.CHURN)
         else:
             copy.state = WAITING
@@ -457,7 +457,7 @@ class Cache:
         copy = self._copies[model_id]
         return not copy.pinned and copy.use.in_flight == 0
 
-    def _would_churn(self, need: int, now_ms: int) -> bool:
+    def _would_churn(self, now_ms: int) -> bool:
         if not self.config.min_churn_age_ms:
             return False
         victim = next(iter(self._victims(1)), None)

@@ -159,12 +159,14 @@ class Loader:
     async def _load(self, job: LoadJob) -> None:
         model_id = job.record.model_id
 
-        def load() -> tuple[LoadedModel, int]:
+        def load() -> tuple[LoadedModel, int, float]:
             model = self._runtimes.runtime_for(job.record.model_type).load(_spec(job))
-            return model, max(1, model.size_bytes)
+            loaded_ns = perf_counter_ns()
+            size_bytes = max(1, model.size_bytes)
+            return model, size_bytes, (perf_counter_ns() - loaded_ns) / 1e6
 
         try:
-            model, size_bytes = await in_thread(f"load {model_id}", load)
+            model, size_bytes, sizing_ms = await in_thread(f"load {model_id}", load)
         except Exception as error:
             self._broken(job, as_load_failure(model_id, error))
             return
@@ -173,6 +175,7 @@ class Loader:
         self.models[model_id] = model
         self.load_ms[model_id] = elapsed_ms
         self._metrics.observe("loadmodel", elapsed_ms, model_id)
+        self._metrics.observe("model_sizing", sizing_ms, model_id)
         self._metrics.observe("loaded_model_size", size_bytes, model_id)
         self._report(LoadFinished(model_id, size_bytes))
 
