@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -99,4 +100,6 @@ def _relative(path: Path) -> Path:
 
 
 if __name__ == "__main__":
+    # So that the children are stopped too: an exception unwinds what started them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main(sys.argv[1:]))

@@ -123,8 +123,8 @@ def _without_target(effort: Effort) -> tuple[str, ...]:
 
 
 def ratio_of(samples: Samples, other: str, value: Callable[[Sample], float]) -> Spread | None:
-    """Our value through the other's, pair by pair; None when one of the two did not run."""
-    if "mesh" not in samples or other not in samples:
+    """Our value through the other's, pair by pair; None when there are no two of them."""
+    if other == "mesh" or not {"mesh", other} <= samples.keys():
         return None
     return pair_ratios([value(s) for s in samples["mesh"]], [value(s) for s in samples[other]])
 
