@@ -126,9 +126,15 @@ def check_tensor(name: str, kind: DataType, shape: Sequence[int], metadata: Mode
         )
 
 
+def versions_of(metadata: ModelMetadata) -> tuple[str, ...]:
+    """An artifact that names no version is version 1: clients read the version as a number."""
+    return metadata.versions or ("1",)
+
+
 def check_version(version: str, metadata: ModelMetadata) -> None:
-    if version and metadata.versions and version not in metadata.versions:
-        raise NotFound(f"the model has no version {version!r}; it has {list(metadata.versions)}")
+    versions = versions_of(metadata)
+    if version and version not in versions:
+        raise NotFound(f"the model has no version {version!r}; it has {list(versions)}")
 
 
 def refuse_shared_memory(parameters: Mapping[str, object], of: str) -> None:
