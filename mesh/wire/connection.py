@@ -76,6 +76,7 @@ class Connection(Control):
                     and 0 < length <= stream.recv_window
                     and length <= self.recv_window
                     and not stream.remote_closed
+                    and stream.headers_seen
                     and self._continued is None
                 ):
                     self.recv_window -= length
@@ -99,6 +100,8 @@ class Connection(Control):
                     stream is not None
                     and head is not None
                     and not stream.remote_closed
+                    and (head.status is None) is stream.headers_seen  # type: ignore[union-attr]
+                    and (flags & 1 or not stream.headers_seen)
                     and self._continued is None
                 ):
                     position = following
@@ -108,6 +111,7 @@ class Connection(Control):
                             del streams[stream_id]
                         stream.on_reply(head, True)  # type: ignore[arg-type]
                     else:
+                        stream.headers_seen = head.status >= 200  # type: ignore[union-attr,operator]
                         stream.on_reply(head, False)  # type: ignore[arg-type]
                     if self.closed:
                         return
@@ -119,7 +123,7 @@ class Connection(Control):
                 )
             stream_id &= frames.MAX_STREAM_ID  # the reserved bit is to be ignored
             if kind == 0:  # DATA may be cut: its payload is passed on as it comes
-                if flags & frames.PADDED and end == start:
+                if flags & frames.PADDED and end == start and length:
                     break  # the pad length is not here yet
                 position = self._data_frame(data, start, end, length, flags, stream_id)
             else:
@@ -172,6 +176,9 @@ class Connection(Control):
             stream.recv_window -= length
             if stream.recv_window < 0:
                 self._stream_error(stream_id, ErrorCode.FLOW_CONTROL_ERROR)
+                stream = None
+            elif not stream.headers_seen:
+                self._stream_error(stream_id, ErrorCode.PROTOCOL_ERROR)
                 stream = None
             elif length == 0 and not flags & 1:
                 stream.empty_frames += 1
@@ -242,7 +249,9 @@ class Connection(Control):
     def _headers(self, stream_id: int, flags: int, payload: bytes) -> None:
         """HEADERS with padding, priority, or to be continued."""
         if flags & frames.PADDED:
-            if not payload or payload[0] >= len(payload):
+            if not payload:
+                raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, "padded HEADERS without pad length")
+            if payload[0] >= len(payload):
                 raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "padding is longer than the frame")
             payload = payload[1 : len(payload) - payload[0]]
         if flags & frames.HAS_PRIORITY:
@@ -292,15 +301,20 @@ class Connection(Control):
             if stream is None or stream.remote_closed:
                 self._headers_on_closed(stream_id)
             elif type(head) is ReplyHead:
-                if flags & 1:
+                if (head.status is None) is not stream.headers_seen or (
+                    stream.headers_seen and not flags & 1
+                ):  # no :status in front, one in the trailers, or headers twice
+                    self._stream_error(stream_id, ErrorCode.PROTOCOL_ERROR)
+                elif flags & 1:
                     stream.remote_closed = True
                     if stream.local_closed:
                         self.streams.pop(stream_id, None)
                     stream.on_reply(head, True)
                 else:
+                    stream.headers_seen = head.status is not None and head.status >= 200
                     stream.on_reply(head, False)
         elif stream is not None:
-            self._request_trailers(stream, block, flags)
+            self._request_trailers(stream, head, flags)
         elif type(head) is RequestHead:
             self._request(stream_id, flags, head)
         elif stream_id not in self._forgotten:
@@ -322,10 +336,11 @@ class Connection(Control):
         if stream is None and stream_id not in self.streams:
             self._stream_error(stream_id, ErrorCode.REFUSED_STREAM)
 
-    def _request_trailers(self, stream: Stream, block: bytes, flags: int) -> None:
+    def _request_trailers(self, stream: Stream, head: RequestHead | ReplyHead, flags: int) -> None:
         if stream.remote_closed:
             raise ProtocolError(ErrorCode.STREAM_CLOSED, f"HEADERS on closed stream {stream.id}")
-        if not flags & 1:
+        # A cached request head, or :status: no pseudo-header belongs into trailers.
+        if not flags & 1 or not isinstance(head, ReplyHead) or head.status is not None:
             self._stream_error(stream.id, ErrorCode.PROTOCOL_ERROR)
             return
         self._close_remote(stream)

@@ -161,8 +161,8 @@ class Control(Outbound):
         if len(payload) < 8:
             raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY is too short")
         last = frames.parse_u32(payload) & frames.MAX_STREAM_ID
-        self.going_away = True
-        if self.client:
+        if self.client:  # a client's GOAWAY is about our pushes: it may still send requests
+            self.going_away = True
             for stream in [s for s in self.streams.values() if s.id > last]:
                 self.streams.pop(stream.id, None)
                 self._blocked.pop(stream, None)

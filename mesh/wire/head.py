@@ -16,7 +16,7 @@ from typing import Final
 Field = tuple[bytes, bytes]
 
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+\Z")
-_BAD_VALUE: Final = re.compile(rb"[\0\r\n]")
+_BAD_VALUE: Final = re.compile(rb"[\0\r\n]|\A[ \t]|[ \t]\Z")
 _HOP_BY_HOP: Final = frozenset(
     {b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"}
 )
@@ -64,7 +64,7 @@ def _check_regular(name: bytes, value: bytes) -> None:
     if _NAME.match(name) is None:
         raise MalformedHead(f"header name {name[:64]!r} is not a lower-case token")
     if _BAD_VALUE.search(value) is not None:
-        raise MalformedHead(f"header {name[:64]!r} holds CR, LF or NUL")
+        raise MalformedHead(f"header {name[:64]!r} holds CR, LF or NUL, or space at an end")
     if name in _HOP_BY_HOP:
         raise MalformedHead(f"header {name!r} is specific to an HTTP/1 connection")
     if name == b"te" and value != b"trailers":
@@ -117,7 +117,7 @@ class RequestHead:
                 if name not in _PSEUDO_REQUEST or name in pseudo or regular:
                     raise MalformedHead(f"pseudo-header {name[:32]!r} is unknown, twice or late")
                 if _BAD_VALUE.search(value) is not None:
-                    raise MalformedHead(f"pseudo-header {name!r} holds CR, LF or NUL")
+                    raise MalformedHead(f"pseudo-header {name!r} holds CR, LF, NUL or outer space")
                 pseudo[name] = value
                 continue
             regular = True

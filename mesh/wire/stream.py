@@ -34,6 +34,7 @@ class Stream:
         "conn",
         "deadline_s",
         "empty_frames",
+        "headers_seen",
         "id",
         "local_closed",
         "progress_s",
@@ -56,6 +57,7 @@ class Stream:
         self.queue: deque[Buffer | End] | None = None
         self.queued_bytes = 0
         self.empty_frames = 0
+        self.headers_seen = not conn.client  # a reply's headers have come: DATA may follow
         self.deadline_s = _NEVER
         self.progress_s = conn.now_s
 

@@ -126,9 +126,11 @@ class Link(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
         self.conn: Connection = make(time.monotonic())
         self._buffer: bytearray = pump._buffers[0]
+        self._tls = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self._tls = transport.get_extra_info("sslcontext") is not None
         self.transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -144,8 +146,12 @@ class Link(asyncio.BufferedProtocol):
     def _mark(self, _conn: Outbound) -> None:
         self.pump.mark(self)
 
-    def get_buffer(self, _sizehint: int) -> bytearray:
+    def get_buffer(self, _sizehint: int) -> bytearray | memoryview:
         self._buffer = self.pump.buffer()
+        if self._tls:
+            # asyncio's TLS reads record after record into slices of what it is given here, and a
+            # slice of a bytearray is a copy: all but the first record would be lost.
+            return memoryview(self._buffer)
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:
