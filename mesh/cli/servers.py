@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.quantities import parse_duration_ms, parse_size
 from mesh.core.errors import MeshError
+
+if TYPE_CHECKING:
+    from mesh.core.policy import Policy
 
 COMMANDS: Final = ("up", "router", "instance")
 DEFAULT_ETCD: Final = "127.0.0.1:2379"
@@ -154,6 +157,17 @@ MessageSizeOption = Annotated[
         help="The largest request or reply.",
     ),
 ]
+FailureExpiryOption = Annotated[
+    Any,
+    typer.Option(
+        "--failure-expiry",
+        parser=duration_ms,
+        metavar="DURATION",
+        envvar=_env("FAILURE_EXPIRY"),
+        help="A model that failed to load is tried again after so long; after 30s at most where "
+        "the store or the disk was at fault.",
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -206,6 +220,7 @@ def up(
     allow_pickle: AllowPickleOption = False,
     storage_config: StorageConfigOption = None,
     cache_size: CacheSizeOption = "20GiB",
+    failure_expiry: FailureExpiryOption = "15m",
     max_message_size: MessageSizeOption = "16MiB",
     per_model_metrics: PerModelMetricsOption = False,
     prefix: PrefixOption = "mesh",
@@ -225,6 +240,7 @@ def up(
     check_folders(file_root, storage_config)
     both_flags = (
         *("--max-message-size", str(max_message_size)),
+        *("--failure-expiry", f"{failure_expiry}ms"),
         *(("--per-model-metrics",) if per_model_metrics else ()),
     )
     settings = UpSettings(
@@ -277,6 +293,7 @@ def router(
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
     tls_client_ca: TlsClientCaOption = None,
+    failure_expiry: FailureExpiryOption = "15m",
     max_message_size: MessageSizeOption = "16MiB",
     per_model_metrics: PerModelMetricsOption = False,
     name: Annotated[
@@ -287,6 +304,7 @@ def router(
     """One router, against an etcd that is already there."""
     from dataclasses import replace
 
+    from mesh.core.policy import Policy
     from mesh.wire.limits import INSIDE, PUBLIC
     from router.process import main
     from router.settings import RouterSettings, TlsFiles
@@ -307,6 +325,7 @@ def router(
             tls=tls,
             per_model_metrics=per_model_metrics,
             software_version=software_version(),
+            policy=with_failure_expiry(Policy(), failure_expiry),
             limits=replace(PUBLIC, max_message_bytes=max_message_size),
             inside_limits=replace(INSIDE, max_message_bytes=max_message_size),
         )
@@ -370,6 +389,7 @@ def instance(
     threads: Annotated[
         int, typer.Option(min=1, max=1024, envvar=_env("THREADS"), help="Inferences at once.")
     ] = 4,
+    failure_expiry: FailureExpiryOption = "15m",
     max_message_size: MessageSizeOption = "16MiB",
     per_model_metrics: PerModelMetricsOption = False,
     log_level: LogLevelOption = LogLevel.info,
@@ -410,13 +430,27 @@ def instance(
             labels=tuple(label or ()),
             per_model_metrics=per_model_metrics,
             software_version=software_version(),
-            policy=replace(Policy(), load_timeout_ms=load_timeout, load_slots=load_slots),
+            policy=replace(
+                with_failure_expiry(Policy(), failure_expiry),
+                load_timeout_ms=load_timeout,
+                load_slots=load_slots,
+            ),
             limits=replace(INSIDE, max_message_bytes=max_message_size),
         )
     except ValueError as error:
         raise CommandError(str(error), Exit.USAGE) from error
     set_up_logging(log_level)
     raise typer.Exit(serve(settings))
+
+
+def with_failure_expiry(policy: Policy, expiry_ms: int) -> Policy:
+    from dataclasses import replace
+
+    return replace(
+        policy,
+        load_failure_expiry_ms=expiry_ms,
+        transient_failure_expiry_ms=min(expiry_ms, policy.transient_failure_expiry_ms),
+    )
 
 
 def check_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> None:
