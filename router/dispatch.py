@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Final
+from typing import Final, TypeVar
 
 from mesh.core import routing
 from mesh.core.errors import InvalidArgument, MeshError, ResourceExhausted, Unavailable
@@ -36,8 +36,13 @@ from router.peers import Peers
 OVERLOAD_RETRY_MS: Final = 100
 # An attempt that found nothing alive may well find something once the view has caught up.
 UNAVAILABLE_RETRY_MS: Final = 500
+# Names and copies that one call of ``prune`` looks at: about a millisecond.
+PRUNE_SLICE: Final = 2_000
 # One copy that is overloaded is bad luck, two are load: then the client has to slow down.
 MAX_OVERLOADS: Final = 2
+
+
+_T = TypeVar("_T")
 
 
 class CopyRoute:
@@ -118,6 +123,13 @@ def pick(copies: Sequence[CopyRoute], draw: float) -> CopyRoute:
     return next(copy for copy in copies if copy.instance_id == chosen.instance_id)
 
 
+def _take(items: list[_T], count: int) -> list[_T]:
+    """Remove and return up to ``count`` items from the end."""
+    taken = items[-count:]
+    del items[-count:]
+    return taken
+
+
 class Dispatcher:
     """Implements ``mesh.wire.relay.Dispatcher``; also used by ``router.gateway``."""
 
@@ -141,6 +153,8 @@ class Dispatcher:
         self._draw = draw
         self._routes: dict[str, RouteEntry] = {}
         self._copies: dict[tuple[str, str], CopyRoute] = {}
+        self._unpruned_names: list[str] = []
+        self._unpruned_copies: list[tuple[str, str]] = []
         self._hits = 0  # moved into the metrics when they are read, not by every request
         self._inflight = 0
 
@@ -230,22 +244,29 @@ class Dispatcher:
         self._hits = 0
 
     def prune(self) -> None:
-        """Forget names and copies that are gone. The table would otherwise only grow."""
+        """Look at the next ``PRUNE_SLICE`` names and copies and forget those that are gone.
+
+        The table would otherwise only grow. In slices, because a walk over a hundred thousand
+        names is a pause of tens of milliseconds. A copy that comes back is counted anew.
+        """
         view = self._view
-        for name in [n for n in self._routes if n not in view.vmodels and n not in view.models]:
-            del self._routes[name]
-        gone = [
-            key
-            for key, copy in self._copies.items()
-            if not copy.inflight and key[1] not in view.loaded_on(key[0])
-        ]
-        for key in gone:
-            del self._copies[key]
-        if gone:
-            # An entry that nobody asks for any more would keep its copies alive.
-            for entry in self._routes.values():
-                if entry.loaded_on != view.loaded_on(entry.model_id):
-                    entry.epoch, entry.copies, entry.loaded_on = -1, (), ()
+        if not self._unpruned_names:
+            self._unpruned_names = list(self._routes)
+        if not self._unpruned_copies:
+            self._unpruned_copies = list(self._copies)
+        for name in _take(self._unpruned_names, PRUNE_SLICE):
+            entry = self._routes.get(name)
+            if entry is None:
+                continue
+            if name not in view.vmodels and name not in view.models:
+                del self._routes[name]
+            elif entry.loaded_on != view.loaded_on(entry.model_id):
+                # Nobody asks for it any more, or the next request would see to it.
+                entry.epoch, entry.copies, entry.loaded_on = -1, (), ()
+        for key in _take(self._unpruned_copies, PRUNE_SLICE):
+            copy = self._copies.get(key)
+            if copy is not None and not copy.inflight and key[1] not in view.loaded_on(key[0]):
+                del self._copies[key]
 
     # ---- the table --------------------------------------------------------------------------
 
