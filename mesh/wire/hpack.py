@@ -82,6 +82,7 @@ STATIC_TABLE: Final[tuple[tuple[bytes, bytes], ...]] = (
 _STATIC_LENGTH: Final = len(STATIC_TABLE)
 _STATIC_FULL: Final = {field: i for i, field in reversed(list(enumerate(STATIC_TABLE, start=1)))}
 _STATIC_NAME: Final = {n: i for i, (n, _) in reversed(list(enumerate(STATIC_TABLE, start=1)))}
+_DEFAULT_TABLE_BYTES: Final = 4_096
 _ENTRY_OVERHEAD: Final = 32  # RFC 7541, 4.1
 _INTEGER_MAX_OCTETS: Final = 5
 _SIZE_UPDATES_MAX: Final = 2  # RFC 7541, 4.2: at most two at the beginning of a block
@@ -124,7 +125,9 @@ class Decoder:
     ) -> None:
         self._entries: deque[Field] = deque()
         self._size = 0
-        self._capacity = self._max_table_bytes = max_table_bytes
+        # Before it has seen our settings the peer's table is that of RFC 9113, 6.5.2.
+        self._capacity = _DEFAULT_TABLE_BYTES
+        self._max_table_bytes = max(max_table_bytes, _DEFAULT_TABLE_BYTES)
         self._max_list_bytes = max_list_bytes
         self._max_fields = max_fields
         self._max_value_bytes = max_value_bytes
