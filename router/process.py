@@ -151,6 +151,7 @@ class Router:
         self._operations: HttpListener | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._store_connected = False
+        self._closed = False
         self._report()
 
     def _methods(self) -> dict[str, Method]:
@@ -239,7 +240,10 @@ class Router:
         await self.close()
 
     async def close(self) -> None:
-        """At once."""
+        """At once. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         await self.election.close()
         for task in self._tasks:
             task.cancel()
@@ -355,49 +359,65 @@ _NOT_PERMITTED: Final = Unary(_never, accept=_refuse)
 
 
 async def run(settings: RouterSettings) -> int:
-    """The process: serve until SIGTERM or SIGINT; returns the exit status.
-
-    Raises MeshError for settings that cannot work and OSError for a port that is taken.
-    """
+    """Serve until SIGTERM or SIGINT; the exit status. A second signal ends at once."""
     store = EtcdStore(
         EtcdOptions(settings.etcd_endpoints),
         prefix=settings.prefix,
         namespace=settings.namespace,
     )
     router = Router(settings, store)
-    stopping = asyncio.Event()
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    starting = loop.create_task(router.start())
-    stop = loop.create_task(stopping.wait())
+        loop.add_signal_handler(number, stop.set)
     try:
-        first: set[asyncio.Future[Any]] = {starting, stop}
-        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():  # told to stop while it waited for the store
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            await router.close()
-            return 0
-        starting.result()
+        if not await _unless(stop, router.start()):
+            return 0  # told to stop while it waited for the store
         assert router.failed is not None
-        last: set[asyncio.Future[Any]] = {stop, router.failed}
-        await asyncio.wait(last, return_when=asyncio.FIRST_COMPLETED)
-        if router.failed.done():
-            router.failed.exception()
-            await router.close()
-            return 1
+        failed: asyncio.Future[Any] = router.failed
+        await _unless(stop, _settled(failed))
+        if failed.done():
+            return 1  # said so in the log already
         log.info("router %s drains", router.router_id)
-        await router.drain()
+        stop.clear()
+        if not await _unless(stop, router.drain()):
+            log.warning("told to stop again: ending at once")
+            return 1
         return 0
+    except OSError as error:
+        log.error("cannot listen: %s", error)
+        return 1
+    except MeshError as error:
+        log.error("router ends: %s", error.message)
+        return 1
     finally:
-        stop.cancel()
+        await router.close()
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
+    """Whether the work ended before ``stop``; otherwise it is cancelled. Raises its error."""
+    task = asyncio.get_running_loop().create_task(work)
+    stopped = asyncio.get_running_loop().create_task(stop.wait())
+    waiting: set[asyncio.Future[Any]] = {task, stopped}
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if task.done():
+        task.result()
+        return True
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return False
+
+
+async def _settled(future: asyncio.Future[Any]) -> None:
+    await asyncio.wait({future})
 
 
 def main(settings: RouterSettings) -> int:
-    """``run`` on uvloop, or on asyncio where there is none."""
+    """``run`` on uvloop, or on asyncio's own loop where uvloop is missing."""
     try:
         import uvloop
     except ImportError:
         return asyncio.run(run(settings))
-    return int(uvloop.run(run(settings)))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run(settings))
