@@ -23,7 +23,7 @@ from mesh.wire.control import Control
 from mesh.wire.frames import ErrorCode, ProtocolError, unpack_header
 from mesh.wire.head import MalformedHead, ReplyHead, RequestHead
 from mesh.wire.hpack import HeaderListTooLarge, HpackError
-from mesh.wire.stream import CREDIT_STEP, Buffer, Stream
+from mesh.wire.stream import Buffer, Stream
 
 _CACHE_ENTRIES: Final = 1_024
 _CACHE_BYTES: Final = 256 * 1024
@@ -40,7 +40,7 @@ class Connection(Control):
         try:
             self._receive(data)
             credit = self._recv_credit
-            if credit >= CREDIT_STEP and not self.closed:
+            if credit >= self._conn_credit_step and not self.closed:
                 self._recv_credit = 0
                 self.recv_window += credit
                 self.control(frames.window_update(0, credit))
@@ -181,9 +181,7 @@ class Connection(Control):
                 self._stream_error(stream_id, ErrorCode.PROTOCOL_ERROR)
                 stream = None
             elif length == 0 and not flags & 1:
-                stream.empty_frames += 1
-                if stream.empty_frames > self.limits.empty_data_frames_per_stream:
-                    raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, "too many empty DATA frames")
+                self._count_empty(stream)
         if not flags & frames.PADDED and end - position >= length:  # whole frame at hand
             if stream is not None:
                 payload = data[position : position + length]
@@ -203,6 +201,8 @@ class Connection(Control):
             if padding > length:
                 raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "padding is longer than the frame")
             if stream is not None:
+                if padding == length and not flags & 1:
+                    self._count_empty(stream)
                 stream.consume(padding + 1)  # padding is consumed the moment it comes
         self._data_stream = stream
         self._data_left = length
@@ -212,6 +212,11 @@ class Connection(Control):
             self._end_of_data(b"")
             return position
         return self._data_payload(data, position, end) if position < end else position
+
+    def _count_empty(self, stream: Stream) -> None:
+        stream.empty_frames += 1
+        if stream.empty_frames > self.limits.empty_data_frames_per_stream:
+            raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, "too many empty DATA frames")
 
     def _data_payload(self, data: Buffer, position: int, end: int) -> int:
         """More payload of the DATA frame that is under way."""
@@ -245,6 +250,7 @@ class Connection(Control):
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"DATA on idle stream {stream_id}")
         if stream_id not in self._forgotten:
             raise ProtocolError(ErrorCode.STREAM_CLOSED, f"DATA on closed stream {stream_id}")
+        self._count_control()
 
     def _headers(self, stream_id: int, flags: int, payload: bytes) -> None:
         """HEADERS with padding, priority, or to be continued."""
@@ -317,12 +323,15 @@ class Connection(Control):
             self._request_trailers(stream, head, flags)
         elif type(head) is RequestHead:
             self._request(stream_id, flags, head)
-        elif stream_id not in self._forgotten:
+        elif stream_id in self._forgotten:
+            self._count_control()
+        else:
             self._stream_error(stream_id, ErrorCode.PROTOCOL_ERROR)
 
     def _request(self, stream_id: int, flags: int, head: RequestHead) -> None:
         if stream_id <= self.last_peer_stream or not stream_id & 1:
             if stream_id in self._forgotten:
+                self._count_control()
                 return
             code = ErrorCode.STREAM_CLOSED if stream_id & 1 else ErrorCode.PROTOCOL_ERROR
             raise ProtocolError(code, f"HEADERS on stream {stream_id}, which cannot be opened")
@@ -351,6 +360,7 @@ class Connection(Control):
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"HEADERS on idle stream {stream_id}")
         if stream_id not in self._forgotten:
             raise ProtocolError(ErrorCode.STREAM_CLOSED, f"HEADERS on closed stream {stream_id}")
+        self._count_control()
 
     def _decode(
         self, stream_id: int, block: bytes, *, as_reply: bool

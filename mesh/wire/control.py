@@ -25,7 +25,7 @@ class Control(Outbound):
         if not self.settings_seen and kind != frames.SETTINGS:
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "the first frame must be SETTINGS")
         if kind == frames.WINDOW_UPDATE:
-            self._count("control frames", self.limits.control_frames_per_10s)
+            self._count_control()
             self._window_update(stream_id, payload)
         elif kind == frames.RST_STREAM:
             self._rst_stream(stream_id, payload)
@@ -40,9 +40,12 @@ class Control(Outbound):
         elif kind == frames.PUSH_PROMISE:
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE is not enabled")
         else:
-            self._count("control frames", self.limits.control_frames_per_10s)
+            self._count_control()
             if kind == frames.PRIORITY:
                 self._priority(stream_id, payload)
+
+    def _count_control(self) -> None:
+        self._count("control frames", self.limits.control_frames_per_10s, earning=True)
 
     def _priority(self, stream_id: int, payload: bytes) -> None:
         if stream_id == 0:
@@ -62,6 +65,7 @@ class Control(Outbound):
             if increment == 0:
                 raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "window increment of 0")
             self.send_window += increment
+            self.granted += increment
             if self.send_window > frames.MAX_WINDOW:
                 raise ProtocolError(ErrorCode.FLOW_CONTROL_ERROR, "connection window too large")
             if self._blocked:
@@ -102,6 +106,7 @@ class Control(Outbound):
                 raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS ACK with a payload")
             if not self.settings_seen:
                 raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "the first frame must be SETTINGS")
+            self._count_control()
             return
         if len(payload) % 6:
             raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS of a broken length")
@@ -148,9 +153,11 @@ class Control(Outbound):
         if len(payload) != 8:
             raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, "PING is not 8 bytes")
         if not flags & frames.ACK:
-            self._count("PING frames", self.limits.pings_per_10s)
+            self._count("PING frames", self.limits.pings_per_10s, earning=True)
             self.control(frames.ping(payload, ack=True))
-        elif payload == self._drain_ping:
+            return
+        self._count_control()
+        if payload == self._drain_ping:
             # The peer has seen the first GOAWAY: what it has opened by now is all there will be.
             self._drain_ping = b""
             self.control(frames.goaway(self.last_peer_stream, ErrorCode.NO_ERROR))
@@ -160,6 +167,7 @@ class Control(Outbound):
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "GOAWAY on a stream")
         if len(payload) < 8:
             raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY is too short")
+        self._count_control()
         last = frames.parse_u32(payload) & frames.MAX_STREAM_ID
         if self.client:  # a client's GOAWAY is about our pushes: it may still send requests
             self.going_away = True

@@ -20,6 +20,9 @@ from mesh.wire.stream import Buffer, End, Owner, Stream
 _RATE_PERIOD_S: Final = 10.0
 # Streams that we have reset and whose frames may still be under way.
 _FORGOTTEN_MAX: Final = 4_096
+# Queued pieces below this are joined: a queue of tiny ones would take many times their bytes.
+_PIECE_BYTES: Final = 1_024
+_BYTES_PER_CONTROL_FRAME: Final = 32
 
 
 class Outbound:
@@ -42,13 +45,19 @@ class Outbound:
         self.settings_seen = False
         self.writable = True  # False while the transport's buffer is full
         self.control_backlog = 0  # control bytes queued while not writable
+        self.header_backlog = 0  # the same of header blocks
 
         self.send_window = frames.DEFAULT_WINDOW
         self.peer_initial_window = frames.DEFAULT_WINDOW
         self.peer_max_frame = frames.DEFAULT_FRAME_BYTES
         self.peer_max_streams = 100 if client else 0
+        self.granted = frames.DEFAULT_WINDOW  # connection window that the peer gave us, in all
         self.stream_window = max(limits.stream_window_bytes, frames.DEFAULT_WINDOW)
         self.recv_window = frames.DEFAULT_WINDOW
+        # Received bytes are given back to the peer's windows in steps of half a window: every
+        # WINDOW_UPDATE wakes the peer, and one that is too small makes it send crumbs.
+        self.credit_step = max(1, limits.stream_window_bytes // 2)
+        self._conn_credit_step = max(1, limits.connection_window_bytes // 4)
         self._recv_credit = 0
         self.last_peer_stream = 0
         self._next_stream = 1 if client else 2
@@ -146,6 +155,11 @@ class Outbound:
                 )
         if not self.dirty:
             self.mark_dirty()
+        if not self.writable:
+            self.header_backlog += size
+            if self.header_backlog > self.limits.max_buffered_bytes_per_connection:
+                self.terminate(ErrorCode.ENHANCE_YOUR_CALM, "replies are not being read")
+                return
         if end:
             self.close_local(stream)
 
@@ -156,7 +170,7 @@ class Outbound:
             queue = stream.queue = deque()
             stream.progress_s = self.now_s
         if len(data):
-            queue.append(data)
+            _append(queue, data)
             stream.queued_bytes += len(data)
         if end:
             queue.append(End(None))
@@ -214,10 +228,14 @@ class Outbound:
 
     def resume(self) -> None:
         """The transport has room, or the connection's window grew: serve who waits, in turn."""
-        self.control_backlog = 0
+        if not self.writable:
+            return
+        self.control_backlog = self.header_backlog = 0
         for stream in list(self._blocked):
-            if self.send_window <= 0 or not self.writable:
+            if not self.writable:
                 break
+            if self.send_window <= 0 and stream.queued_bytes:
+                continue  # only ends of streams need no window
             # to the back of the row, so that none is served first for ever
             self._blocked.pop(stream, None)
             self._blocked[stream] = None
@@ -268,33 +286,47 @@ class Outbound:
         self._blocked.pop(stream, None)
         stream.local_closed = True
         if not stream.remote_closed:
-            forgotten = self._forgotten
-            forgotten[stream.id] = None
-            if len(forgotten) > _FORGOTTEN_MAX:
-                forgotten.popitem(last=False)
+            stream.remote_closed = True  # what its owner still consumes is not credited
+            self._forget(stream.id)
         self.control(frames.rst_stream(stream.id, code))
+
+    def _forget(self, stream_id: int) -> None:
+        """Frames of this stream may still be under way: they are dropped."""
+        forgotten = self._forgotten
+        forgotten[stream_id] = None
+        if len(forgotten) > _FORGOTTEN_MAX:
+            forgotten.popitem(last=False)
 
     def _stream_error(self, stream_id: int, code: ErrorCode) -> None:
         """We end a stream because the peer broke a rule on it; counts as a reset of the peer's."""
         stream = self.streams.get(stream_id)
         if stream is None:
-            self._forgotten[stream_id] = None
+            self._forget(stream_id)
             self.control(frames.rst_stream(stream_id, code))
         else:
             self.reset(stream, code)
             stream.on_reset(code)
         self._count("resets", self.limits.resets_per_10s)
 
-    def _count(self, what: str, limit: int) -> None:
+    def _count(self, what: str, limit: int, *, earning: bool = False) -> None:
+        """Fail when there is too much of ``what``. ``earning``: beyond what our data explains."""
         rate = self._rates.get(what)
         if rate is None or self.now_s - rate[0] >= _RATE_PERIOD_S:
-            self._rates[what] = [self.now_s, 1.0]
+            self._rates[what] = [self.now_s, 1.0, self._earned() if earning else 0.0]
             return
         rate[1] += 1
-        if rate[1] > limit:
+        if rate[1] > limit and not (earning and rate[1] - (self._earned() - rate[2]) <= limit):
             raise ProtocolError(
                 ErrorCode.ENHANCE_YOUR_CALM, f"more than {limit} {what} in {_RATE_PERIOD_S:g} s"
             )
+
+    def _earned(self) -> float:
+        """Control frames that our traffic explains.
+
+        grpcio credits every reply twice and measures the line with pings while data comes.
+        """
+        streams = (self.last_peer_stream + self._next_stream) / 2
+        return 4 * streams + (self.granted - self.send_window) / _BYTES_PER_CONTROL_FRAME
 
     # ------------------------------------------------------------------ ends
 
@@ -336,3 +368,13 @@ class Outbound:
                 frames.goaway(frames.MAX_STREAM_ID, ErrorCode.NO_ERROR)
                 + frames.ping(self._drain_ping)
             )
+
+
+def _append(queue: deque[Buffer | End], data: Buffer) -> None:
+    if len(data) < _PIECE_BYTES:
+        data = bytes(data)  # a view would keep its whole read buffer
+        last = queue[-1] if queue else None
+        if type(last) is bytes and len(last) < _PIECE_BYTES:
+            queue[-1] = last + data
+            return
+    queue.append(data)

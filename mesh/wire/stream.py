@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 Buffer = bytes | memoryview
 
-# Received bytes are given back to the peer's windows in steps of this many.
-CREDIT_STEP: Final = 32 * 1024
 _NEVER: Final = float("inf")
 
 
@@ -92,7 +90,7 @@ class Stream:
     def consume(self, count: int) -> None:
         """``count`` received bytes were passed on: give the peer that much window again."""
         self.recv_credit += count
-        if self.recv_credit >= CREDIT_STEP and not self.remote_closed:
+        if self.recv_credit >= self.conn.credit_step and not self.remote_closed:
             self.conn.control(frames.window_update(self.id, self.recv_credit))
             self.recv_window += self.recv_credit
             self.recv_credit = 0
