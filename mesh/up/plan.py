@@ -46,6 +46,9 @@ class RestartPolicy:
     first_delay_ms: int = 250
     factor: int = 2
     max_delay_ms: int = 30_000
+    # Deaths of one child before the mesh was complete for the first time, after which waiting any
+    # longer helps nobody: about eight seconds of tries. Once complete, there is no such bound.
+    first_deaths_max: int = 6
     # Ready for so long: the earlier deaths are forgotten.
     stable_after_ms: int = 60_000
     # What a child may take to drain before it is killed: more than it allows itself (20.5 s).
@@ -118,10 +121,11 @@ class WillRestart:
 
 @dataclass(frozen=True, slots=True)
 class GaveUp:
-    """To be told to the person: ``name`` refused its settings, so everything stops."""
+    """To be told to the person: ``name`` will not run, so everything stops."""
 
     name: str
     status: int | None
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,15 +237,23 @@ class Supervision:
     def _on_death(self, child: _Child, status: int | None, now_ms: int) -> list[Instruction]:
         policy = self._policy
         if status == policy.usage_exit_status:
-            child.phase, self._failed = Phase.STOPPED, True
-            return [GaveUp(child.spec.name, status), *self._stop(now_ms)]
+            return self._give_up(child, status, "its settings are wrong", now_ms)
         ready = child.phase is Phase.READY
         if ready and now_ms - child.ready_at_ms >= policy.stable_after_ms:
             child.deaths = 0
         delay_ms = restart_delay_ms(child.deaths, policy)
         child.deaths += 1
+        if not self._was_ready and child.deaths >= policy.first_deaths_max:
+            reason = f"it died {child.deaths} times before the mesh was complete"
+            return self._give_up(child, status, reason, now_ms)
         child.phase, child.due_ms = Phase.BACKOFF, now_ms + delay_ms
         return [WillRestart(child.spec.name, status, delay_ms)]
+
+    def _give_up(
+        self, child: _Child, status: int | None, reason: str, now_ms: int
+    ) -> list[Instruction]:
+        child.phase, self._failed = Phase.STOPPED, True
+        return [GaveUp(child.spec.name, status, reason), *self._stop(now_ms)]
 
     def _stop(self, now_ms: int) -> list[Instruction]:
         if self._stopping:

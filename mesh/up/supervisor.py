@@ -51,10 +51,11 @@ class Reporter(Protocol):
     def line(self, name: str, text: str) -> None:
         """One line of a child's output."""
 
-    def died(
-        self, name: str, status: int | None, restart_in_ms: int | None, tail: Sequence[str]
-    ) -> None:
-        """``restart_in_ms`` is None when it is not started again."""
+    def died(self, name: str, status: int | None, restart_in_ms: int, tail: Sequence[str]) -> None:
+        """It is started again. ``tail`` is the end of its output."""
+
+    def gave_up(self, name: str, status: int | None, reason: str, tail: Sequence[str]) -> None:
+        """It is not started again, and everything stops."""
 
     def stopping(self, name: str) -> None: ...
 
@@ -131,8 +132,8 @@ class Supervisor:
                 self._signal(name, signal.SIGKILL)
             case WillRestart(name, status, delay_ms):
                 self._reporter.died(name, status, delay_ms, self._tails.get(name, ()))
-            case GaveUp(name, status):
-                self._reporter.died(name, status, None, self._tails.get(name, ()))
+            case GaveUp(name, status, reason):
+                self._reporter.gave_up(name, status, reason, self._tails.get(name, ()))
             case AllReady(again):
                 self._reporter.all_ready(again)
                 self.ready.set()

@@ -55,16 +55,18 @@ class Terminal:
         if self.verbose or (is_alarm(text) and not self.stopping_said):
             self.write(f"[{name}] {text}")
 
-    def died(
-        self, name: str, status: int | None, restart_in_ms: int | None, tail: Sequence[str]
-    ) -> None:
-        what = (
-            f"starting it again in {restart_in_ms / 1000:g} s"
-            if restart_in_ms is not None
-            else "its settings are wrong, so a restart would not help; stopping"
-        )
-        self.write(f"{name} died ({describe_exit(status)}); {what}")
-        again = self._last_words.get(name) == tail[-1:]
+    def died(self, name: str, status: int | None, restart_in_ms: int, tail: Sequence[str]) -> None:
+        again = f"starting it again in {restart_in_ms / 1000:g} s"
+        self.write(f"{name} died ({describe_exit(status)}); {again}")
+        self._show_tail(name, tail)
+
+    def gave_up(self, name: str, status: int | None, reason: str, tail: Sequence[str]) -> None:
+        self.write(f"{name} died ({describe_exit(status)}); {reason}: stopping")
+        self._show_tail(name, tail)
+
+    def _show_tail(self, name: str, tail: Sequence[str]) -> None:
+        """The end of its output; of the same end once more, only the last line."""
+        again = self._last_words.get(name) == tuple(tail[-1:])
         self._last_words[name] = tuple(tail[-1:])
         for text in tail[-1:] if again else tail:
             self.write(f"  [{name}] {text}")

@@ -27,10 +27,11 @@ class Recorder:
     def line(self, name: str, text: str) -> None:
         self._tell("line", name, text)
 
-    def died(
-        self, name: str, status: int | None, restart_in_ms: int | None, tail: Sequence[str]
-    ) -> None:
-        self._tell("died", name, status, restart_in_ms is not None, tuple(tail))
+    def died(self, name: str, status: int | None, restart_in_ms: int, tail: Sequence[str]) -> None:
+        self._tell("died", name, status, tuple(tail))
+
+    def gave_up(self, name: str, status: int | None, reason: str, tail: Sequence[str]) -> None:
+        self._tell("gave up", name, status, reason, tuple(tail))
 
     def stopping(self, name: str) -> None:
         self._tell("stopping", name)

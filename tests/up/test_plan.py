@@ -72,9 +72,36 @@ STORIES: dict[str, Story] = {
     "a child that says its settings are wrong stops everything and fails it": [
         (0, Begin(), [Start("etcd", 0)]),
         (5, BecameReady("etcd"), [Start("router-1", 0), Start("instance-1", 0)]),
-        (6, Exited("router-1", 2), [GaveUp("router-1", 2), Terminate("instance-1")]),
+        (
+            6,
+            Exited("router-1", 2),
+            [GaveUp("router-1", 2, "its settings are wrong"), Terminate("instance-1")],
+        ),
         (7, Exited("instance-1", 0), [Terminate("etcd")]),
         (8, Exited("etcd", 0), [Finished(failed=True)]),
+    ],
+    "a child that cannot be got ready at the first start is given up": [
+        (0, Begin(), [Start("etcd", 0)]),
+        *(
+            step
+            for attempt in range(1, POLICY.first_deaths_max)
+            for step in (
+                (
+                    attempt * 1_000,
+                    Exited("etcd", 1),
+                    [WillRestart("etcd", 1, restart_delay_ms(attempt - 1, POLICY))],
+                ),
+                (attempt * 1_000 + 500, Tick(), [Start("etcd", attempt)]),
+            )
+        ),
+        (
+            9_000,
+            Exited("etcd", 1),
+            [
+                GaveUp("etcd", 1, "it died 6 times before the mesh was complete"),
+                Finished(failed=True),
+            ],
+        ),
     ],
     "etcd that dies early keeps the others waiting and no longer": [
         (0, Begin(), [Start("etcd", 0)]),
@@ -157,6 +184,18 @@ AFTER_READY: dict[str, Story] = {
         (2_200, Tick(), [Start("router-1", 2)]),
         (2_300, BecameReady("router-1"), [AllReady(again=True)]),
         (12_300, Exited("router-1", 1), [WillRestart("router-1", 1, 100)]),
+    ],
+    "a mesh that was complete once never gives a child up": [
+        step
+        for attempt in range(20)
+        for step in (
+            (
+                attempt * 1_000,
+                Exited("router-1", 1),
+                [WillRestart("router-1", 1, restart_delay_ms(attempt, POLICY))],
+            ),
+            (attempt * 1_000 + 500, Tick(), [Start("router-1", attempt + 1)]),
+        )
     ],
     "etcd that dies leaves routers and instances running": [
         (100, Exited("etcd", -9), [WillRestart("etcd", -9, 100)]),

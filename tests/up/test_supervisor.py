@@ -110,7 +110,7 @@ async def test_a_child_that_dies_is_told_with_its_last_words_and_started_again(
     supervisor = Supervisor([child(tmp_path, "worker", DIES_ONCE)], seen, QUICK)
     run = asyncio.create_task(supervisor.run())
     await seen.until(lambda: bool(seen.of("all ready")))
-    assert seen.of("died") == [("worker", 7, True, ("ERROR boom",))]
+    assert seen.of("died") == [("worker", 7, ("ERROR boom",))]
     assert seen.of("started") == [("worker", 0), ("worker", 1)]
     supervisor.ask_stop()
     assert await finish(run) is True
@@ -125,7 +125,7 @@ async def test_a_child_that_is_killed_comes_back(tmp_path: Path) -> None:
     assert first is not None
     os.kill(first, signal.SIGKILL)
     await seen.until(lambda: seen.of("all ready") == [(False,), (True,)])
-    assert seen.of("died") == [("worker", -signal.SIGKILL, True, ())]
+    assert seen.of("died") == [("worker", -signal.SIGKILL, ())]
     assert supervisor.pid("worker") not in (None, first)
     supervisor.ask_stop()
     assert await finish(run) is True
@@ -161,7 +161,9 @@ async def test_wrong_settings_end_it_all_without_a_restart(tmp_path: Path) -> No
         [child(tmp_path, "good", POLITE), child(tmp_path, "bad", wrong)], seen, QUICK
     )
     assert await finish(asyncio.create_task(supervisor.run())) is False
-    assert seen.of("died") == [("bad", 2, False, ("error: --capacity: no",))]
+    assert seen.of("died") == []
+    tail = ("error: --capacity: no",)
+    assert seen.of("gave up") == [("bad", 2, "its settings are wrong", tail)]
 
 
 async def test_a_program_that_is_not_there_is_told_and_tried_again(tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ async def test_a_program_that_is_not_there_is_told_and_tried_again(tmp_path: Pat
     supervisor.ask_stop()
     assert await finish(run) is True
     tail = "cannot start /does/not/exist: No such file or directory"
-    assert seen.of("died")[0] == ("etcd", 127, True, (tail,))
+    assert seen.of("died")[0] == ("etcd", 127, (tail,))
 
 
 async def test_a_cancelled_run_leaves_no_process(tmp_path: Path) -> None:
