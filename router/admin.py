@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Final
 
 import orjson
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 SERVICE: Final = "mesh.admin.v1.Admin"
 DESCRIBE_PATH: Final = "/mesh.internal.v1.Instance/Describe"
 DESCRIBE_TIMEOUT_S: Final = 2.0
+RPCS: Final = ("Apply", "List", "Describe", "Delete", "Explain")
 # A list of a hundred thousand models takes a while to write down; requests are served in between.
 _LIST_SLICE: Final = 500
 
@@ -131,7 +133,10 @@ class Admin:
         pieces: list[str] = []
         names = self.oip.client_names()
         for start in range(0, len(names), _LIST_SLICE):
-            rows = [model_row(self.view, n, now_ms) for n in names[start : start + _LIST_SLICE]]
+            rows = [
+                model_row(self.view, n, now_ms, self._last_used)
+                for n in names[start : start + _LIST_SLICE]
+            ]
             pieces.append(views.encode(rows)[1:-1])
             await asyncio.sleep(0)
         return f"[{','.join(pieces)}]"
@@ -152,11 +157,16 @@ class Admin:
             if model is None:
                 return None
             return concrete_model(
-                self.view, model, now_ms, details=details, inflight_on=self.dispatcher.inflight_on
+                self.view,
+                model,
+                now_ms,
+                details=details,
+                last_used=self._last_used,
+                inflight_on=self.dispatcher.inflight_on,
             )
 
         described = views.ModelDescription(
-            row=model_row(self.view, name, now_ms),
+            row=model_row(self.view, name, now_ms, self._last_used),
             active=concrete(active_id),
             target=concrete(target_id) if target_id != active_id else None,
             manifest=orjson.loads(alias.manifest) if alias is not None and alias.manifest else None,
@@ -197,6 +207,11 @@ class Admin:
         except ValueError as error:  # protobuf's and orjson's decode errors are both one
             return f"its answer cannot be read: {error}"
         return document if isinstance(document, dict) else {"answer": document}
+
+    def _last_used(self, model_id: str) -> int:
+        """By this router's own knowledge: the store is told every few minutes only."""
+        used_s = self.dispatcher.last_used_s(model_id)
+        return self.now_ms() - round((monotonic() - used_s) * 1_000) if used_s else 0
 
     async def explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
         name = request.name

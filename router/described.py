@@ -13,8 +13,11 @@ from mesh.core.status import model_status, name_status
 from mesh.core.types import CopyState, ModelRecord
 from mesh.core.view import ClusterView
 
+# When the answering router last had an answer of a model; 0 when it does not know.
+LastUsed = Callable[[str], int]
 
-def model_row(view: ClusterView, name: str, now_ms: int) -> views.ModelRow:
+
+def model_row(view: ClusterView, name: str, now_ms: int, last_used: LastUsed) -> views.ModelRow:
     """One name that clients use. A name that is gone has state NOT_FOUND."""
     status = name_status(view, name, now_ms)
     alias = view.vmodels.get(name)
@@ -41,7 +44,7 @@ def model_row(view: ClusterView, name: str, now_ms: int) -> views.ModelRow:
         min_copies=model.min_copies if model is not None else 0,
         pinned=model.pinned if model is not None else False,
         created_at_ms=model.created_at_ms if model is not None else 0,
-        last_used_at_ms=view.last_used_at_ms(model_id),
+        last_used_at_ms=max(view.last_used_at_ms(model_id), last_used(model_id)),
         failure=status.errors[0] if status.errors else "",
         target_model_id=target_id,
         target_state=model_status(view, target_id, now_ms).state.value if target_id else "",
@@ -55,6 +58,7 @@ def concrete_model(
     now_ms: int,
     *,
     details: Mapping[tuple[str, str], dict[str, Any]],
+    last_used: LastUsed,
     inflight_on: Callable[[str, str], int],
 ) -> views.ConcreteModel:
     """A concrete model with its copies and its failures, expired ones too until they are swept.
@@ -101,7 +105,7 @@ def concrete_model(
         auto_delete=model.auto_delete,
         labels=model.labels,
         created_at_ms=model.created_at_ms,
-        last_used_at_ms=view.last_used_at_ms(model_id),
+        last_used_at_ms=max(view.last_used_at_ms(model_id), last_used(model_id)),
         copies=copies,
         failures=failures,
     )

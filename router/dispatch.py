@@ -15,6 +15,7 @@ exception of its own would be a defect: the relay's loop does not expect one.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -36,6 +37,9 @@ from router.peers import Peers
 OVERLOAD_RETRY_MS: Final = 100
 # An attempt that found nothing alive may well find something once the view has caught up.
 UNAVAILABLE_RETRY_MS: Final = 500
+# An instance that could not be connected to is passed over for so long where another copy answers:
+# its lease is not over yet, and with nothing in flight on it it would look like the best choice.
+SUSPECT_S: Final = 1.0
 # Names and copies that one call of ``prune`` looks at: about a millisecond.
 PRUNE_SLICE: Final = 2_000
 # One copy that is overloaded is bad luck, two are load: then the client has to slow down.
@@ -48,13 +52,14 @@ _T = TypeVar("_T")
 class CopyRoute:
     """One LOADED copy as this router sees it. ``inflight`` counts this router's calls on it."""
 
-    __slots__ = ("inflight", "instance_id", "model_id", "upstream")
+    __slots__ = ("inflight", "instance_id", "model_id", "upstream", "used_s")
 
     def __init__(self, model_id: str, instance_id: str, upstream: Upstream) -> None:
         self.model_id = model_id
         self.instance_id = instance_id
         self.upstream = upstream
         self.inflight = 0
+        self.used_s = 0.0  # ``time.monotonic`` of the last answer; 0.0: none yet
 
     def __repr__(self) -> str:
         return f"CopyRoute({self.model_id} on {self.instance_id}, inflight={self.inflight})"
@@ -69,7 +74,7 @@ class RouteEntry:
         self.model_id = model_id
         self.model_id_field = encode_literal(b"mm-model-id", model_id.encode())
         self.epoch = -1
-        self.generation = -1  # of the upstreams in ``copies``
+        self.generation = -1  # of the upstreams and the suspicions behind ``copies``
         self.loaded_on: tuple[str, ...] = ()
         self.copies: tuple[CopyRoute, ...] = ()
 
@@ -153,6 +158,8 @@ class Dispatcher:
         self._draw = draw
         self._routes: dict[str, RouteEntry] = {}
         self._copies: dict[tuple[str, str], CopyRoute] = {}
+        self._suspects: set[str] = set()  # instances
+        self._suspicions = 0  # grows when ``_suspects`` changes
         self._unpruned_names: list[str] = []
         self._unpruned_copies: list[tuple[str, str]] = []
         self._hits = 0  # moved into the metrics when they are read, not by every request
@@ -195,6 +202,8 @@ class Dispatcher:
             journey.overloads += 1
         else:
             journey.unreachable.add(copy.instance_id)
+            if failure is Failure.CONNECT:
+                self._suspect(copy.instance_id)
         if call.attempts >= self._policy.hops_max:
             self._fail(call, "hops_exhausted", self._gave_up(call, copy, failure))
             return
@@ -207,11 +216,12 @@ class Dispatcher:
         self._inflight -= 1
         if type(context) is CopyRoute:
             context.inflight -= 1
+            context.used_s = now_s
             model_id = context.model_id
         elif context is None:
             model_id = ""
         else:
-            model_id = self._end(context)
+            model_id = self._end(context, now_s)
         call.context = None
         self._metrics.request_done(
             call.head.path,
@@ -233,6 +243,11 @@ class Dispatcher:
     def inflight_on(self, model_id: str, instance_id: str) -> int:
         copy = self._copies.get((model_id, instance_id))
         return 0 if copy is None else copy.inflight
+
+    def last_used_s(self, model_id: str) -> float:
+        """When this router last had an answer of a copy that is still there; 0.0: not known."""
+        known = (self._copies.get((model_id, i)) for i in self._view.loaded_on(model_id))
+        return max((copy.used_s for copy in known if copy is not None), default=0.0)
 
     def table_size(self) -> tuple[int, int]:
         """(names, copies) in the hot table."""
@@ -281,10 +296,12 @@ class Dispatcher:
         if entry is None or entry.model_id != resolved.model_id:
             entry = self._routes[name] = RouteEntry(resolved.model_id)
         loaded_on = view.loaded_on(resolved.model_id)
-        if loaded_on != entry.loaded_on or entry.generation != self._peers.generation:
+        generation = self._peers.generation + self._suspicions
+        if loaded_on != entry.loaded_on or entry.generation != generation:
             entry.loaded_on = loaded_on
-            entry.generation = self._peers.generation
-            entry.copies = tuple(self._copy(resolved.model_id, i) for i in loaded_on)
+            entry.generation = generation
+            trusted = [i for i in loaded_on if i not in self._suspects] or loaded_on
+            entry.copies = tuple(self._copy(resolved.model_id, i) for i in trusted)
         entry.epoch = view.routes_epoch
         return entry
 
@@ -295,6 +312,21 @@ class Dispatcher:
         if copy is None or copy.upstream is not upstream:
             copy = self._copies[model_id, instance_id] = CopyRoute(model_id, instance_id, upstream)
         return copy
+
+    def _suspect(self, instance_id: str) -> None:
+        """Pass an instance over for a moment."""
+        if instance_id not in self._suspects:
+            self._suspects.add(instance_id)
+            self._suspicion_changed()
+            asyncio.get_running_loop().call_later(SUSPECT_S, self._trust, instance_id)
+
+    def _trust(self, instance_id: str) -> None:
+        self._suspects.discard(instance_id)
+        self._suspicion_changed()
+
+    def _suspicion_changed(self) -> None:
+        self._suspicions += 1
+        self._view.routes_epoch += 1  # so that every entry is looked at again
 
     # ---- everything that is not a plain hit -------------------------------------------------
 
@@ -404,11 +436,12 @@ class Dispatcher:
             return ResourceExhausted(text, retry_after_ms=OVERLOAD_RETRY_MS)
         return Unavailable(text, retry_after_ms=UNAVAILABLE_RETRY_MS)
 
-    def _end(self, journey: Journey) -> str:
+    def _end(self, journey: Journey, now_s: float) -> str:
         """Let go of what a call that is over still holds; returns its model's id."""
         journey.over = True
         if journey.copy is not None:
             journey.copy.inflight -= 1
+            journey.copy.used_s = now_s
             journey.copy = None
         if journey.waiter is not None:
             self._loads.leave(journey.waiter)

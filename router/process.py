@@ -39,6 +39,7 @@ from mesh.wire.messages import Metadata
 from mesh.wire.relay import Relay, Upstream
 from mesh.wire.server import Server
 from router import reflection
+from router.admin import RPCS as ADMIN_RPCS
 from router.admin import Admin
 from router.catalog import Catalog
 from router.dispatch import Dispatcher
@@ -99,7 +100,9 @@ class Router:
             settings.inside_limits, max_message_bytes=settings.limits.max_message_bytes
         )
         self.metrics = RouterMetrics(
-            version=settings.software_version, per_model=settings.per_model_metrics
+            version=settings.software_version,
+            per_model=settings.per_model_metrics,
+            methods=ADMIN_RPCS,
         )
         self.readiness = Readiness()
         self.view = view = ClusterView()

@@ -125,7 +125,9 @@ async def test_list_shows_names_that_clients_use(tmp_path: Path) -> None:
         assert iris.state == "LOADED"
         assert iris.copies_loaded == 1
         assert iris.size_bytes == MIB
+        assert iris.last_used_at_ms > 0
         assert rows["direct"].state == "NOT_LOADED"
+        assert rows["direct"].last_used_at_ms == 0
 
 
 async def test_list_instances(tmp_path: Path) -> None:

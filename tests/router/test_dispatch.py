@@ -141,7 +141,7 @@ def two_copies(world) -> None:
 
 
 @pytest.mark.parametrize("failure", list(Failure))
-def test_another_copy_is_tried(world, failure: Failure) -> None:
+async def test_another_copy_is_tried(world, failure: Failure) -> None:
     two_copies(world)
     call = world.call("m")
     world.dispatcher.failed(call, call.upstream, failure)
@@ -184,6 +184,19 @@ async def test_without_another_copy_the_model_is_loaded_elsewhere(world, failure
     await world.until(lambda: len(call.forwards) == 2)
     assert world.asked == ["b"]
     assert call.forwards == ["a:1", "b:1"]
+
+
+async def test_an_instance_that_cannot_be_reached_is_passed_over_for_a_moment(world) -> None:
+    two_copies(world)
+    world.model("only-on-a")
+    world.copy("only-on-a", "a")
+    call = world.call("m")
+    world.dispatcher.failed(call, call.upstream, Failure.CONNECT)
+    # With nothing in flight there it would otherwise be the choice of every other call.
+    assert {world.call("m").forwards[0] for _ in range(5)} == {"b:1"}
+    assert world.call("only-on-a").forwards == ["a:1"], "where nobody else answers it is tried"
+    world.dispatcher._trust("a")
+    assert world.call("m").forwards == ["a:1"]
 
 
 def test_two_overloaded_copies_are_resource_exhausted_with_a_hint(world) -> None:
