@@ -206,6 +206,9 @@ class UnaryCall(ServerCall):
             log.exception("handler of %s failed", self.head.path)
             self.fail(Internal(f"{self.head.path} failed; the server's log has the cause"))
 
+    def waits_for_prefix(self) -> bool:
+        return not self._finished and not self.remote_closed and self._assembler is None
+
     def _collect(self, data: Buffer, end: bool) -> None:
         """A message in pieces: the window grows, since the whole message is kept anyway."""
         if self._assembler is None:

@@ -17,7 +17,7 @@ class Limits:
     max_continuation_frames: int = 8
     hpack_table_bytes: int = 4_096
     max_frame_bytes: int = 16 * 1024
-    stream_window_bytes: int = 64 * 1024
+    stream_window_bytes: int = 262144
     connection_window_bytes: int = 1024 * 1024
     accepted_window_bytes: int = 1024 * 1024  # a stream's window once its model is accepted
     resets_per_10s: int = 200
@@ -39,6 +39,7 @@ class Limits:
 
 PUBLIC = Limits()
 INSIDE = Limits(
+    stream_window_bytes=1048576,
     max_concurrent_streams=1_024,
     connection_window_bytes=16 * 1024 * 1024,
     resets_per_10s=100_000,

@@ -6,6 +6,7 @@ State of both halves is made here; ``mesh.wire.control`` adds the control frames
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Final
@@ -16,6 +17,8 @@ from mesh.wire.head import ReplyHead, RequestHead
 from mesh.wire.hpack import Decoder
 from mesh.wire.limits import Limits
 from mesh.wire.stream import Buffer, End, Owner, Stream
+
+log = logging.getLogger(__name__)
 
 _RATE_PERIOD_S: Final = 10.0
 # Streams that we have reset and whose frames may still be under way.
@@ -355,7 +358,10 @@ class Outbound:
         for stream in streams:
             stream.queue = None
             stream.local_closed = stream.remote_closed = True
-            stream.on_lost(reason)
+            try:
+                stream.on_lost(reason)
+            except Exception:  # the other streams must hear of it all the same
+                log.exception("the loss of stream %d could not be handled", stream.id)
 
     def start_drain(self) -> None:
         """Graceful shutdown, first half: no new streams after the peer has seen this."""

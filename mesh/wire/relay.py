@@ -116,7 +116,6 @@ class RelayCall(Stream):
         "peeked_whole",
         "request_bytes",
         "response_bytes",
-        "started_s",
     )
 
     def __init__(self, conn: Outbound, stream_id: int, head: RequestHead, relay: Relay) -> None:
@@ -126,7 +125,6 @@ class RelayCall(Stream):
         self.model_name = ""
         self.by_header = False
         self.peeked_whole = True
-        self.started_s = conn.now_s
         self.attempts = 0
         self.request_bytes = 0
         self.response_bytes = 0
@@ -235,6 +233,9 @@ class RelayCall(Stream):
     def _end_unrouted(self, error: MeshError) -> None:
         self._peeking = False
         self.fail(error)
+
+    def waits_for_prefix(self) -> bool:
+        return not self._finished and not self._request_ended and self.request_bytes < 5
 
     def on_reset(self, code: int) -> None:
         """The client cancelled, or its connection is gone."""

@@ -29,6 +29,7 @@ from mesh.wire.calls import (
 from mesh.wire.connection import Connection
 from mesh.wire.head import RequestHead
 from mesh.wire.limits import PUBLIC, Limits
+from mesh.wire.listener import Listener, bind_tcp, bind_unix
 from mesh.wire.messages import Metadata
 from mesh.wire.outbound import Outbound
 from mesh.wire.stream import Stream
@@ -70,7 +71,7 @@ class Server:
         self.methods = dict(methods)
         self.limits = limits
         self.fallback = fallback
-        self._listeners: list[asyncio.Server] = []
+        self._listeners: list[Listener] = []
         self._links: set[Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Event | None = None
@@ -85,26 +86,25 @@ class Server:
         ssl_context: ssl.SSLContext | None = None,
     ) -> int:
         """Listen; returns the port. Raises OSError when the address is taken."""
-        loop = asyncio.get_running_loop()
-        pump = pump_of(loop)
-        listener = await loop.create_server(
-            lambda: self._link(pump),
-            host,
-            port,
-            backlog=4_096,
-            reuse_port=reuse_port or None,
-            ssl=ssl_context,
-            ssl_handshake_timeout=self.limits.tls_timeout_s if ssl_context else None,
-        )
-        self._listeners.append(listener)
-        bound: int = listener.sockets[0].getsockname()[1]
-        return bound
+        sockets = await bind_tcp(host, port, reuse_port=reuse_port)
+        self._listen(sockets, ssl_context)
+        return self._listeners[-1].port
 
     async def start_unix(self, path: str) -> None:
         """Listen on a Unix socket."""
-        loop = asyncio.get_running_loop()
-        pump = pump_of(loop)
-        self._listeners.append(await loop.create_unix_server(lambda: self._link(pump), path))
+        self._listen([bind_unix(path)], None)
+
+    def _listen(self, sockets: list[socket.socket], ssl_context: ssl.SSLContext | None) -> None:
+        pump = pump_of(asyncio.get_running_loop())
+        for sock in sockets:
+            self._listeners.append(
+                Listener(
+                    sock,
+                    lambda: self._link(pump),
+                    ssl_context=ssl_context,
+                    ssl_handshake_timeout_s=self.limits.tls_timeout_s,
+                )
+            )
 
     @property
     def connections(self) -> int:
@@ -159,9 +159,11 @@ class Server:
         )
 
     def _on_up(self, link: Link) -> None:
-        if len(self._links) >= self.limits.max_connections or self.draining:
+        if len(self._links) >= self.limits.max_connections:
             link.abort()
             return
+        if self.draining:  # it waited in the backlog: what it has sent is served still
+            link.conn.start_drain()
         sock = link.transport.get_extra_info("socket") if link.transport else None
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

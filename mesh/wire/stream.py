@@ -42,6 +42,7 @@ class Stream:
         "recv_window",
         "remote_closed",
         "send_window",
+        "started_s",
     )
 
     def __init__(self, conn: Outbound, stream_id: int) -> None:
@@ -57,7 +58,7 @@ class Stream:
         self.empty_frames = 0
         self.headers_seen = not conn.client  # a reply's headers have come: DATA may follow
         self.deadline_s = _NEVER
-        self.progress_s = conn.now_s
+        self.started_s = self.progress_s = conn.now_s
 
     # What the owner overrides.
     def on_data(self, data: Buffer, end: bool) -> None:
@@ -85,6 +86,10 @@ class Stream:
 
     def on_deadline(self) -> None:
         """``deadline_s`` has passed."""
+
+    def waits_for_prefix(self) -> bool:
+        """Nothing can be done until the client has sent the first message's length."""
+        return False
 
     # What the owner calls.
     def consume(self, count: int) -> None:

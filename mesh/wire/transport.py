@@ -11,6 +11,7 @@ large one views are passed on, and the buffer is used again only when nobody hol
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
 import time
@@ -23,13 +24,16 @@ from mesh.wire.frames import ErrorCode
 from mesh.wire.outbound import Outbound
 from mesh.wire.stream import Buffer
 
-_READ_BYTES: Final = 256 * 1024
+log = logging.getLogger(__name__)
+
+_READ_BYTES: Final = 1024 * 1024
 _SMALL_READ_BYTES: Final = 16 * 1024
 _BUFFERS_MAX: Final = 16
 _WRITE_HIGH_BYTES: Final = 64 * 1024
 _JOIN_BYTES: Final = 64 * 1024
 _TICK_S: Final = 0.05
 _SLOW_TICKS: Final = 20  # time-outs of seconds are looked at once a second
+_LAST_WORDS_S: Final = 5.0  # a peer that has not read our last words by then is cut off
 
 
 class Pump:
@@ -57,7 +61,11 @@ class Pump:
         self.reading = False
         dirty, self.dirty = self.dirty, []
         for link in dirty:
-            link.flush()
+            try:
+                link.flush()
+            except Exception:  # one connection's trouble must not keep the others' output
+                log.exception("writing to a connection failed")
+                link.abort()
 
     def buffer(self) -> bytearray:
         """A read buffer that nobody holds a view of."""
@@ -91,7 +99,11 @@ class Pump:
         self._ticks += 1
         slow = self._ticks % _SLOW_TICKS == 0
         for link in list(self.links):
-            link.check(now_s, slow=slow)
+            try:
+                link.check(now_s, slow=slow)
+            except Exception:  # the clock of all connections goes on
+                log.exception("a deadline or time-out could not be handled")
+                link.abort()
         self._timer = self.loop.call_later(_TICK_S, self._tick)
 
 
@@ -126,6 +138,7 @@ class Link(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
         self.conn: Connection = make(time.monotonic())
         self._buffer: bytearray = pump._buffers[0]
+        self._closing_since_s = 0.0
         self._tls = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -162,7 +175,11 @@ class Link(asyncio.BufferedProtocol):
             data = memoryview(self._buffer)[:count]
         pump = self.pump
         pump.reading = True
-        self.conn.receive(data, time.monotonic())
+        try:
+            self.conn.receive(data, time.monotonic())
+        except Exception:  # a fault of ours costs this connection, no other
+            log.exception("a read could not be handled")
+            self.conn.terminate(ErrorCode.INTERNAL_ERROR, "internal error")
         pump.flush()
         if self.conn.closed:
             self._finish()
@@ -208,8 +225,14 @@ class Link(asyncio.BufferedProtocol):
         late = [s for s in conn.streams.values() if s.deadline_s <= now_s]
         for stream in late:
             stream.on_deadline()
-        if slow and not conn.closed:
+        if not slow:
+            return
+        if not conn.closed:
             self._time_outs(now_s)
+        elif self._closing_since_s == 0.0:
+            self._closing_since_s = now_s
+        elif now_s - self._closing_since_s > _LAST_WORDS_S:
+            self.abort()
 
     def _time_outs(self, now_s: float) -> None:
         conn, limits = self.conn, self.conn.limits
@@ -228,7 +251,12 @@ class Link(asyncio.BufferedProtocol):
                 for s in conn.streams.values()
                 if s.queue is not None and now_s - s.progress_s > limits.progress_timeout_s
             ]
-            for stream in stuck:
+            silent = [
+                s
+                for s in conn.streams.values()
+                if now_s - s.started_s > limits.prefix_timeout_s and s.waits_for_prefix()
+            ]
+            for stream in stuck + silent:
                 stream.reset(ErrorCode.CANCEL)
                 stream.on_reset(ErrorCode.CANCEL)
             if not conn.writable and stuck:
