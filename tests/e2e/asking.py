@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -15,7 +16,6 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import Message
-from prometheus_client.parser import text_string_to_metric_families
 
 from protos import mesh_admin_pb2 as admin
 from protos import oip_pb2 as oip
@@ -202,15 +202,18 @@ def rest(address: str, method: str, path: str, document: Any = None) -> tuple[in
 
 # ---- metrics ----
 
+_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
 
 def scrape(address: str) -> dict[str, list[tuple[dict[str, str], float]]]:
     """Every sample of one /metrics page, by the sample's name."""
     status, _, body = http_ask(address, "GET", "/metrics")
     assert status == 200
     samples: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for family in text_string_to_metric_families(body.decode()):
-        for sample in family.samples:
-            samples.setdefault(sample.name, []).append((dict(sample.labels), sample.value))
+    # Not by prometheus_client's parser: that adds ``_total`` to the names of bare counters.
+    for name, labels, value in _SAMPLE.findall(body.decode()):
+        samples.setdefault(name, []).append((dict(_LABEL.findall(labels)), float(value)))
     return samples
 
 
