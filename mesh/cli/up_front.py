@@ -97,7 +97,7 @@ class CommandLineFront:
         example = _from_folder(folder, models) if folder is not None else None
         if example is not None:
             body = shlex.quote(json.dumps(example["request"]))
-            answer = json.dumps(example["response"])
+            answer = json.dumps(example["response"], separators=(",", ":"))
             return (
                 f"A request to paste:\n  {curl}{example['path']} -d {body}\n"
                 f"and its answer:\n  {answer}"
