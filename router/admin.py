@@ -59,6 +59,7 @@ class Admin:
     oip: Oip
     policy: Policy
     now_ms: Callable[[], int]
+    namespace: str = "default"
 
     def methods(self, metrics: RouterMetrics) -> dict[str, AsyncUnary]:
         """Full path to method."""
@@ -85,11 +86,17 @@ class Admin:
         log.info("apply %s as %s: %s", applied.name, applied.model.model_id, action)
         if request.load_now:
             self._load_where_room(applied.model.model_id)
+        warnings = list(applied.warnings)
+        if applied.namespace not in ("", self.namespace):
+            warnings.append(
+                f"metadata.namespace: {applied.namespace!r} is not acted on: one mesh is one "
+                f"namespace, and this is {self.namespace!r}"
+            )
         return pb.ApplyResponse(
             name=applied.name,
             model_id=applied.model.model_id,
             action=action,
-            warnings=applied.warnings,
+            warnings=warnings,
         )
 
     def _load_where_room(self, model_id: str) -> None:

@@ -402,7 +402,8 @@ class Dispatcher:
                 exclude=journey.unreachable,
             )
         except MeshError as error:
-            self._fail(call, "queue_full" if error.retryable else "load_failed", error)
+            full = isinstance(error, ResourceExhausted)
+            self._fail(call, "queue_full" if full else "load_failed", error)
 
     def _unknown(self, call: Call) -> None:
         """A name that the view does not know: the store has the last word, within bounds."""

@@ -12,7 +12,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from mesh.core.errors import InvalidArgument, NotFound
+from mesh.core.errors import InvalidArgument, NotFound, Unavailable
 from mesh.metrics import RouterMetrics
 from mesh.wire.server import Method, StreamCall, Streaming
 from protos import health_pb2 as pb
@@ -46,13 +46,15 @@ class Health:
         return pb.HealthListResponse(statuses=dict.fromkeys(("", *self.services), answer))
 
     async def watch(self, call: StreamCall) -> None:
-        """The present status, and again at each change, until the client goes."""
+        """The present status, and again at each change, until one of the two sides goes."""
         request = await _first(call)
         known = self._known(request.service)
         told: pb.HealthCheckResponse.ServingStatus | None = None
         while True:
             status = self._status() if known else pb.HealthCheckResponse.SERVICE_UNKNOWN
             if status == told:
+                if self.readiness.draining:  # or the drain would wait for those who watch it
+                    raise Unavailable("the router is shutting down")
                 await self.readiness.wait_changed()
                 continue
             told = status

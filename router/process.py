@@ -60,6 +60,9 @@ log = logging.getLogger(__name__)
 
 # Closing what leads nowhere, forgetting what is gone, asking the store whether it is there.
 UPKEEP_S: Final = 2.0
+# Frozen again when the view has grown so much since: by a tenth, and not for a handful.
+_FREEZE_GROWTH: Final = 1.1
+_FREEZE_MIN: Final = 1_000
 # A scrape in flight at the end may finish.
 _SCRAPE_S: Final = 1.0
 # Load time-outs after which a placement that nobody reports about no longer counts.
@@ -144,7 +147,7 @@ class Router:
             is_leader=lambda: self.election.is_leader,
             now_ms=wall_clock_ms,
         )
-        self.sync = ViewSync(store, view, on_step=lambda _: self.leader.wake())
+        self.sync = ViewSync(store, view, on_step=self._stepped)
         self.relay = Relay(
             self.dispatcher, peek=RELAYED, idempotent=IDEMPOTENT, limits=settings.limits
         )
@@ -155,6 +158,7 @@ class Router:
         self._tasks: set[asyncio.Task[None]] = set()
         self._store_connected = False
         self._closed = False
+        self._frozen_models = 0
         self._report()
 
     def _methods(self) -> dict[str, Method]:
@@ -169,6 +173,7 @@ class Router:
             self.oip,
             self.settings.policy,
             wall_clock_ms,
+            self.settings.namespace,
         )
         health = Health(self.readiness, reflection_data.PUBLIC_SERVICES)
         return {
@@ -200,9 +205,8 @@ class Router:
         self._store_connected = True
         self._for_ever("view", self.sync.run())
         await self._or_failed(self.sync.wait_synced())
-        # A full collection over a hundred thousand records is a pause of tens of milliseconds.
         gc.collect()
-        gc.freeze()
+        self._freeze()
         self.readiness.set_synced()
         grpc_port = await self.server.start(
             settings.host,
@@ -283,12 +287,27 @@ class Router:
         if self.failed is not None and not self.failed.done():
             self.failed.set_exception(error or RuntimeError(f"{task.get_name()} has ended"))
 
+    def _stepped(self, touched: frozenset[str] | None) -> None:
+        """The view has changed; ``touched`` is None when it was read anew as a whole."""
+        self.leader.wake()
+        if touched is None and self.readiness.synced:
+            gc.collect()
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """Take what is there now out of later collections: over a hundred thousand records a full
+        one is a pause of tens of milliseconds."""
+        gc.freeze()
+        self._frozen_models = len(self.view.models)
+
     async def _upkeep(self) -> None:
         policy = self.settings.policy
         while True:
             await asyncio.sleep(UPKEEP_S)
             await self.peers.prune()
             self.dispatcher.prune()
+            if len(self.view.models) > _FREEZE_GROWTH * self._frozen_models + _FREEZE_MIN:
+                self._freeze()
             # A load ends its own pending entry; this is for one whose end was never heard of.
             self.view.expire_pending(wall_clock_ms() - _PENDING_LOADS * policy.load_timeout_ms)
             try:

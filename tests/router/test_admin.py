@@ -87,6 +87,15 @@ async def test_an_unknown_field_is_a_warning(tmp_path: Path) -> None:
         assert any("spec.predictor.flavour" in warning for warning in applied.warnings)
 
 
+async def test_another_namespace_is_a_warning(tmp_path: Path) -> None:
+    async with mesh(tmp_path, pods=0) as rig:
+        resource = isvc("iris", "fake://1")
+        resource["metadata"]["namespace"] = "elsewhere"
+        request = pb.ApplyRequest(manifest_json=orjson.dumps(resource))
+        reply = await rig.call(ADMIN + "Apply", request, pb.ApplyResponse)
+        assert any("'elsewhere'" in warning for warning in reply.warnings)
+
+
 @pytest.mark.parametrize("raw", [b"{", b"[]", b"3"])
 async def test_what_is_no_resource_is_an_invalid_argument(tmp_path: Path, raw: bytes) -> None:
     async with mesh(tmp_path, pods=0) as rig:
