@@ -35,7 +35,7 @@ LARGE = Load(0, 4, 1)
 # Beside four streams of 4 MiB: eight clients, each with one request at a time.
 BESIDE = Load(0, 8, 1)
 STORM_CONNECTIONS = 1_000
-STORM_REQUESTS = 8_000
+STORM_REQUESTS = 15_000
 FRESH_STORMS = 3
 LONGEST_REQUEST_MS = 1_000.0
 # What a proxy may hold when a client reads nothing of 16 replies of 4 MiB (64 MiB in all).
