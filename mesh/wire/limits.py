@@ -40,6 +40,7 @@ class Limits:
 PUBLIC = Limits()
 INSIDE = Limits(
     stream_window_bytes=1048576,
+    max_frame_bytes=256 * 1024,
     max_concurrent_streams=1_024,
     connection_window_bytes=16 * 1024 * 1024,
     resets_per_10s=100_000,

@@ -27,7 +27,7 @@ OK_HEADERS: Final = hpack.encode(
 )
 OK_TRAILERS: Final = hpack.encode([(b"grpc-status", b"0")])
 _TRAILERS_ONLY: Final = hpack.encode([(b":status", b"200"), (b"content-type", b"application/grpc")])
-_MESSAGE_MAX_CHARS: Final = 4_096
+_MESSAGE_MAX_BYTES: Final = 4_096  # grpcio takes no more than 8 KiB of trailers
 _WBITS: Final = {b"gzip": 31, b"deflate": 15}
 
 
@@ -38,10 +38,24 @@ def prefix(message: bytes) -> bytes:
 
 def percent_encode(message: str) -> bytes:
     """``grpc-message``: printable ASCII stays, the rest and "%" become %XX of its UTF-8."""
-    return b"".join(
-        b"%%%02X" % octet if octet < 0x20 or octet > 0x7E or octet == 0x25 else bytes((octet,))
-        for octet in message[:_MESSAGE_MAX_CHARS].encode("utf-8", "replace")
-    )
+    plain = message.isascii() and message.isprintable() and message == message.strip(" ")
+    if plain and "%" not in message and len(message) <= _MESSAGE_MAX_BYTES:
+        return message.encode("ascii")
+    out = bytearray()
+    for char in message[:_MESSAGE_MAX_BYTES]:
+        piece = b"".join(
+            b"%%%02X" % octet if octet < 0x20 or octet > 0x7E or octet == 0x25 else bytes((octet,))
+            for octet in char.encode("utf-8", "replace")
+        )
+        if len(out) + len(piece) > _MESSAGE_MAX_BYTES:
+            break
+        out += piece
+    # A field value has no space at its ends (RFC 9113, 8.2.1).
+    if out[:1] == b" ":
+        out[:1] = b"%20"
+    if out[-1:] == b" ":
+        out[-1:] = b"%20"
+    return bytes(out)
 
 
 def percent_decode(message: bytes) -> str:
@@ -101,24 +115,26 @@ def decompress(data: Buffer, encoding: bytes, limit: int) -> bytes:
     check_size(len(out), limit)
     if not inflater.eof:
         raise Internal("a compressed message is cut short")
+    if inflater.unused_data:
+        raise Internal("bytes stand behind the end of a compressed message")
     return out
 
 
 class Assembler:
     """Cuts a stream of bytes into messages.
 
-    ``feed`` returns the messages that are complete now. A message's memory is taken when its
-    length is known to be within ``limit``.
+    ``feed`` returns the messages that are complete now. Memory is taken as bytes come: five bytes
+    that announce a large message cost nothing.
     """
 
-    __slots__ = ("_body", "_compressed", "_encoding", "_filled", "_limit", "_prefix")
+    __slots__ = ("_body", "_compressed", "_encoding", "_left", "_limit", "_prefix")
 
     def __init__(self, limit: int, encoding: bytes) -> None:
         self._limit = limit
         self._encoding = encoding
         self._prefix = bytearray()
         self._body: bytearray | None = None
-        self._filled = 0
+        self._left = 0
         self._compressed = False
 
     def feed(self, data: Buffer) -> list[bytes]:
@@ -135,12 +151,12 @@ class Assembler:
                 self._open()
             body = self._body
             assert body is not None
-            take = min(len(body) - self._filled, end - position)
+            take = min(self._left, end - position)
             if take:
-                body[self._filled : self._filled + take] = data[position : position + take]
-                self._filled += take
+                body += data[position : position + take]
+                self._left -= take
                 position += take
-            if self._filled < len(body):
+            if self._left:
                 return messages
             messages.append(self._close(body))
             if position == end:
@@ -153,8 +169,8 @@ class Assembler:
         length = int.from_bytes(self._prefix[1:5], "big")
         check_size(length, self._limit)
         self._compressed = flag == 1
-        self._body = bytearray(length)
-        self._filled = 0
+        self._body = bytearray()
+        self._left = length
         self._prefix.clear()
 
     def _close(self, body: bytearray) -> bytes:

@@ -15,6 +15,9 @@ from mesh.wire.messages import PREFIX_BYTES, check_size
 
 _NAME_TAG: Final = 0x0A  # field 1, length-delimited
 _WBITS: Final = {b"gzip": 31, b"deflate": 15}
+# So much of a compressed message is inflated to find the name in it.
+_INFLATED_MAX: Final = 256 * 1024
+_GROUPS_MAX: Final = 100  # protobuf's own bound on nesting
 
 
 Peeked = tuple[str | None, bool]
@@ -40,23 +43,33 @@ def peek_model_name(data: bytes, encoding: bytes, limit: int, *, ended: bool) ->
     if data[0] == 0:
         name = _scan(data, PREFIX_BYTES, PREFIX_BYTES + length)
     else:
-        content = _inflate(data[PREFIX_BYTES : PREFIX_BYTES + length], data[0], encoding, limit)
-        name = _scan(content, 0, len(content) if whole else len(content) + 1)
-    if name is None and (whole or ended):
-        if ended and not whole:
-            raise InvalidArgument("the request ended before its message did")
+        content, complete = _inflate(data[PREFIX_BYTES : PREFIX_BYTES + length], data[0], encoding)
+        if complete:
+            check_size(len(content), limit)
+        # Only its end tells how long the inflated message is: it may be anything up to the limit.
+        name = _scan(content, 0, len(content) if complete else limit)
+        if whole and not complete:
+            return _name_of(name, whole=False)
+    if ended and not whole:
+        raise InvalidArgument("the request ended before its message did")
+    if not name and not whole:
+        return _MORE
+    return _name_of(name, whole=whole)
+
+
+def _name_of(name: bytes | None, *, whole: bool) -> Peeked:
+    if not name:
         raise InvalidArgument(
             "the request names no model: set model_name (field 1) or the header mm-model-id"
         )
-    if name is None:
-        return _MORE
     try:
         return name.decode("utf-8"), whole
     except UnicodeDecodeError:
         raise InvalidArgument("model_name is not UTF-8") from None
 
 
-def _inflate(data: bytes, flag: int, encoding: bytes, limit: int) -> bytes:
+def _inflate(data: bytes, flag: int, encoding: bytes) -> tuple[bytes, bool]:
+    """The message's beginning, and whether that is all of it."""
     if flag != 1:
         raise Internal(f"message prefix has the unknown flag {flag}")
     wbits = _WBITS.get(encoding)
@@ -64,7 +77,8 @@ def _inflate(data: bytes, flag: int, encoding: bytes, limit: int) -> bytes:
         shown = encoding[:32].decode("ascii", "replace")
         raise Unimplemented(f"grpc-encoding {shown!r} is not supported; use gzip or deflate")
     try:
-        return zlib.decompressobj(wbits).decompress(data, limit)
+        inflater = zlib.decompressobj(wbits)
+        return inflater.decompress(data, _INFLATED_MAX), inflater.eof
     except zlib.error as error:
         raise Internal(f"a compressed message cannot be decompressed: {error}") from None
 
@@ -72,6 +86,7 @@ def _inflate(data: bytes, flag: int, encoding: bytes, limit: int) -> bytes:
 def _scan(data: bytes, position: int, end: int) -> bytes | None:
     """The last complete field 1 before ``end`` (the message's end, maybe beyond what is here)."""
     name: bytes | None = None
+    groups: list[int] = []  # the open ones, by field number
     have = min(end, len(data))
     while position < have:
         tag = data[position]
@@ -96,7 +111,7 @@ def _scan(data: bytes, position: int, end: int) -> bytes | None:
                         return name
             if position + size > end:
                 raise _broken()
-            if tag == _NAME_TAG:
+            if tag == _NAME_TAG and not groups:
                 if position + size > have:
                     return name
                 name = data[position : position + size]
@@ -109,7 +124,9 @@ def _scan(data: bytes, position: int, end: int) -> bytes | None:
             position += 4
         elif kind == 1:
             position += 8
-        else:
+        elif kind == 3 and len(groups) < _GROUPS_MAX:
+            groups.append(tag >> 3)
+        elif kind != 4 or not groups or groups.pop() != tag >> 3:
             raise _broken()
     return name
 

@@ -194,6 +194,15 @@ class RelayCall(Stream):
         elif self._peeking:
             self._peek()
 
+    def on_data_run(self, pieces: list[Buffer], total: int) -> None:
+        up = self._up
+        if self._held is None and up is not None and up.send_run(pieces, total):
+            self.request_bytes += total
+            up.sent += total
+            self._credit(up.sent)
+        else:
+            super().on_data_run(pieces, total)
+
     def _drop_held(self) -> None:
         if self._held is not None:
             self._held = None
@@ -447,6 +456,14 @@ class RelayUp(Stream):
         call.response_bytes += size
         if call.send_data(data, False):
             self.consume(size)
+
+    def on_data_run(self, pieces: list[Buffer], total: int) -> None:
+        call = self.call
+        if call._up is self and call.send_run(pieces, total):
+            call.response_bytes += total
+            self.consume(total)
+        else:
+            super().on_data_run(pieces, total)
 
     def on_reset(self, code: int) -> None:
         self._over(Failure.REFUSED if code == ErrorCode.REFUSED_STREAM else Failure.LOST)

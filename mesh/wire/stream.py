@@ -65,6 +65,14 @@ class Stream:
         """Part of a DATA frame. ``data`` of a large read is a view: valid as long as it is held."""
         raise NotImplementedError
 
+    def on_data_run(self, pieces: list[Buffer], total: int) -> None:
+        """Several DATA frames of one large read, none of them the last: ``total`` bytes."""
+        streams = self.conn.streams
+        for piece in pieces:
+            if streams.get(self.id) is not self:
+                return  # reset while it took them
+            self.on_data(piece, False)
+
     def on_reply(self, head: ReplyHead, end: bool) -> None:
         """Client side: initial headers (``end`` False) or trailers (True)."""
         raise NotImplementedError
@@ -135,6 +143,37 @@ class Stream:
                 conn.close_local(self)
             return True
         return conn.enqueue(self, data, end)
+
+    def send_run(self, pieces: list[Buffer], total: int) -> bool:
+        """Send several pieces at once, under as few frame headers as the peer takes.
+
+        False, and nothing sent, when that is not possible: then send them one by one.
+        """
+        conn = self.conn
+        if (
+            self.queue is not None
+            or total > self.send_window
+            or total > conn.send_window
+            or not conn.writable
+        ):
+            return False
+        largest = conn.peer_max_frame
+        out = conn.out
+        if total <= largest:
+            out.append(pack_header(total >> 8, total & 0xFF, frames.DATA, 0, self.id))
+            out.extend(pieces)
+        elif max(map(len, pieces)) <= largest:
+            for piece in pieces:
+                size = len(piece)
+                out.append(pack_header(size >> 8, size & 0xFF, frames.DATA, 0, self.id))
+                out.append(piece)
+        else:
+            return False
+        self.send_window -= total
+        conn.send_window -= total
+        if not conn.dirty:
+            conn.mark_dirty()
+        return True
 
     def send_trailers(self, block: bytes) -> None:
         """A header block that ends the stream, behind whatever is queued."""

@@ -26,7 +26,7 @@ from mesh.wire.stream import Buffer
 
 log = logging.getLogger(__name__)
 
-_READ_BYTES: Final = 1024 * 1024
+_READ_BYTES: Final = 256 * 1024
 _SMALL_READ_BYTES: Final = 16 * 1024
 _BUFFERS_MAX: Final = 16
 _WRITE_HIGH_BYTES: Final = 64 * 1024
