@@ -8,6 +8,8 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 VENV := .venv
+# Foreign clients (tritonclient, KServe's) live apart: what they pin is not what we pin.
+CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 SAMPLES_DIR := .mesh/samples
 SAMPLES ?= 300
@@ -35,7 +37,7 @@ samples: setup ## make the sample models (.mesh/samples)
 	@$(BIN)/python -m mesh.samples $(SAMPLES_DIR) --count $(SAMPLES) >/dev/null
 
 .PHONY: test
-test: $(VENV)/.dev-installed ## all tests, with what they need installed first
+test: $(VENV)/.dev-installed $(CLIENTS)/.installed ## all tests, with what they need installed first
 	@$(BIN)/python -m pytest $(TEST_FLAGS)
 
 .PHONY: test-unit
@@ -58,7 +60,7 @@ bench: $(VENV)/.dev-installed ## the benchmarks, a table each and JSON in bench/
 
 .PHONY: clean
 clean: ## remove .venv, .mesh and what tools left
-	rm -rf $(VENV) .mesh .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis \
+	rm -rf $(VENV) $(CLIENTS) .mesh .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis \
 		build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -91,4 +93,12 @@ $(VENV)/.run-installed: pyproject.toml | $(BIN)/python
 $(VENV)/.dev-installed: $(VENV)/.run-installed
 	@echo "installing what tests and lint need ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[up,sklearn,samples,dev]'
+	@touch $@
+
+$(CLIENTS)/.installed: | $(BIN)/python
+	@echo "installing foreign clients into $(CLIENTS) ..."
+	@rm -rf $(CLIENTS)
+	@$(BIN)/python -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		'tritonclient[grpc,http]' kserve
 	@touch $@
