@@ -17,6 +17,7 @@ _NAME_TAG: Final = 0x0A  # field 1, length-delimited
 _WBITS: Final = {b"gzip": 31, b"deflate": 15}
 # So much of a compressed message is inflated to find the name in it.
 _INFLATED_MAX: Final = 256 * 1024
+_UNKNOWN_END: Final = 1 << 62
 _GROUPS_MAX: Final = 100  # protobuf's own bound on nesting
 
 
@@ -46,8 +47,8 @@ def peek_model_name(data: bytes, encoding: bytes, limit: int, *, ended: bool) ->
         content, complete = _inflate(data[PREFIX_BYTES : PREFIX_BYTES + length], data[0], encoding)
         if complete:
             check_size(len(content), limit)
-        # Only its end tells how long the inflated message is: it may be anything up to the limit.
-        name = _scan(content, 0, len(content) if complete else limit)
+        # Only its end tells how long the inflated message is; whoever inflates it all checks that.
+        name = _scan(content, 0, len(content) if complete else _UNKNOWN_END)
         if whole and not complete:
             return _name_of(name, whole=False)
     if ended and not whole:
