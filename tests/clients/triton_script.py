@@ -39,7 +39,7 @@ def check_metadata(client: Any) -> None:
     first = inputs[0]
     assert (first["name"] if isinstance(first, dict) else first.name) == "input"
     server = client.get_server_metadata()
-    assert (server["name"] if isinstance(server, dict) else server.name)
+    assert server["name"] if isinstance(server, dict) else server.name
     client.get_model_config("iris-0001")
     client.get_inference_statistics("iris-0001")
     index = client.get_model_repository_index()
@@ -106,9 +106,10 @@ def main() -> None:
         plain = triton_http.InferInput("input", list(FLOWERS.shape), "FP32")
         plain.set_data_from_numpy(FLOWERS, binary_data=False)
         output = triton_http.InferRequestedOutput("label", binary_data=False)
-        assert client.infer("iris-0001", [plain], outputs=[output]).as_numpy(
-            "label"
-        ).tolist() == EXPECTED
+        assert (
+            client.infer("iris-0001", [plain], outputs=[output]).as_numpy("label").tolist()
+            == EXPECTED
+        )
     print("passed")
 
 
