@@ -101,10 +101,29 @@ class Connection(Control):
                     if self.closed:
                         return
                     continue
-            elif kind == 1 and client and following <= end and flags & 0x2C == 4:
+            elif kind == 1 and following <= end and flags & 0x2C == 4:
                 stream = streams.get(stream_id)
                 head = heads.get(bytes(data[start:following]))
-                if (
+                if not client:
+                    if (
+                        type(head) is RequestHead
+                        and head.opener is not None
+                        and stream_id > self.last_peer_stream
+                        and stream_id & 1
+                        and stream_id <= frames.MAX_STREAM_ID
+                        and len(streams) < self._streams_max
+                        and not self.going_away
+                        and self._continued is None
+                    ):
+                        position = following
+                        self.last_peer_stream = stream_id
+                        stream = head.opener(self, stream_id, head, bool(flags & 1))
+                        if stream is None and stream_id not in streams:
+                            self._stream_error(stream_id, ErrorCode.REFUSED_STREAM)
+                        if self.closed:
+                            return
+                        continue
+                elif (
                     stream is not None
                     and head is not None
                     and not stream.remote_closed

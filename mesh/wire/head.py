@@ -1,7 +1,8 @@
 """Decoded header blocks, with what the mesh needs of them taken out once.
 
 Heads are shared by every message of a connection that sends the same block, so they are read-only
-but for the ``relay_*`` attributes, which cache what a relay derives from them.
+but for the ``relay_*`` attributes, which cache what a relay derives from them, and ``opener``, which
+a server sets once it knows who takes such requests.
 
 A block that breaks RFC 9113 8.2 and 8.3 raises ``MalformedHead``: a stream error PROTOCOL_ERROR.
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 Field = tuple[bytes, bytes]
 
@@ -27,6 +29,10 @@ _RESERVED: Final = frozenset(
 )
 _TIMEOUT: Final = re.compile(rb"([0-9]{1,8})([HMSmun])\Z")
 _UNIT_SECONDS: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+
+
+# Makes the stream of a request: (connection, stream id, head, whether the request has no body).
+Opener = Callable[[Any, int, "RequestHead", bool], Any]
 
 
 class MalformedHead(ValueError):
@@ -95,6 +101,7 @@ class RequestHead:
         "metadata",
         "method",
         "model_id",
+        "opener",
         "path",
         "relay_prefix",
         "timeout_s",
@@ -104,6 +111,7 @@ class RequestHead:
     def __init__(self, fields: tuple[Field, ...]) -> None:
         self.fields = fields
         self.relay_prefix: bytes | None = None
+        self.opener: Opener | None = None
         self.timeout_s: float | None = None
         self.encoding = b"identity"
         self.content_type = b""

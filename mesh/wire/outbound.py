@@ -59,6 +59,7 @@ class Outbound:
         self.recv_window = frames.DEFAULT_WINDOW
         # Received bytes are given back to the peer's windows in steps of half a window: every
         # WINDOW_UPDATE wakes the peer, and one that is too small makes it send crumbs.
+        self._streams_max = limits.max_concurrent_streams
         self.credit_step = max(1, limits.stream_window_bytes // 2)
         self._conn_credit_step = max(1, limits.connection_window_bytes // 4)
         self._recv_credit = 0

@@ -12,6 +12,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Coroutine, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from mesh.core.errors import Code, Internal, MeshError, Unimplemented
@@ -184,19 +185,47 @@ class Server:
         if not head.content_type.startswith(b"application/grpc") or head.method != b"POST":
             return self._not_grpc(conn, stream_id, head, end)
         method = self.methods.get(head.path)
-        stream: Stream
-        if method is None:
-            if self.fallback is not None:
-                return self.fallback.new_stream(conn, stream_id, head, end)
+        if isinstance(method, Unary):
+            head.opener = partial(self._open_unary, method)
+        elif method is not None:
+            head.opener = partial(self._open, method)
+        elif self.fallback is not None:
+            head.opener = self.fallback.new_stream
+        else:
             return self._refuse(conn, stream_id, head, end, _unknown(head), ())
+        stream: Stream | None = head.opener(conn, stream_id, head, end)
+        return stream
+
+    def _open_unary(
+        self, method: Unary, conn: Outbound, stream_id: int, head: RequestHead, end: bool
+    ) -> Stream:
+        """The hit path of an instance."""
+        if method.accept is not None:
+            refusal = method.accept(head)
+            if refusal is not None:
+                return self._refuse(conn, stream_id, head, end, *refusal)
+        call = UnaryCall(conn, stream_id, head, self.limits.max_message_bytes, method.handler)
+        call.remote_closed = end
+        conn.streams[stream_id] = call
+        if end:
+            call.on_data(b"", True)
+        return call
+
+    def _open(
+        self,
+        method: AsyncUnary | Streaming,
+        conn: Outbound,
+        stream_id: int,
+        head: RequestHead,
+        end: bool,
+    ) -> Stream:
         if method.accept is not None:
             refusal = method.accept(head)
             if refusal is not None:
                 return self._refuse(conn, stream_id, head, end, *refusal)
         limit = self.limits.max_message_bytes
-        if isinstance(method, Unary):
-            stream = UnaryCall(conn, stream_id, head, limit, method.handler)
-        elif isinstance(method, AsyncUnary):
+        stream: UnaryCall | StreamCall
+        if isinstance(method, AsyncUnary):
             stream = UnaryCall(conn, stream_id, head, limit, self._spawning(method))
         else:
             stream = StreamCall(conn, stream_id, head, limit)
