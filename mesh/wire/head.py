@@ -1,7 +1,7 @@
 """Decoded header blocks, with what the mesh needs of them taken out once.
 
 Heads are shared by every message of a connection that sends the same block, so they are read-only
-but for the ``relay_*`` attributes, which cache what a relay derives from them, and ``opener``, which
+but for ``relay_prefix``, which caches what a relay derives from them, and ``opener``, which
 a server sets once it knows who takes such requests.
 
 A block that breaks RFC 9113 8.2 and 8.3 raises ``MalformedHead``: a stream error PROTOCOL_ERROR.
