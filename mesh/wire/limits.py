@@ -39,6 +39,10 @@ class Limits:
 
 PUBLIC = Limits()
 INSIDE = Limits(
+    # A request with the longest header list that a router takes, and what the router adds to it.
+    max_header_list_bytes=32 * 1024,
+    max_header_fields=120,
+    max_header_value_bytes=16 * 1024,
     stream_window_bytes=1048576,
     max_frame_bytes=256 * 1024,
     max_concurrent_streams=1_024,

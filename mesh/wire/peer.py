@@ -93,7 +93,7 @@ class Peer:
                     ssl_context=self._ssl_context,
                     on_down=self._on_down,
                 )
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, ValueError) as error:  # ValueError: not an address
             self._connecting = None
             text = "timed out" if isinstance(error, TimeoutError) else str(error)
             self._failed(f"cannot connect to {self.address}: {text}")

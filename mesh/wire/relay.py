@@ -21,6 +21,7 @@ from mesh.wire import hpack, messages
 from mesh.wire.frames import ErrorCode
 from mesh.wire.head import ReplyHead, RequestHead, format_timeout
 from mesh.wire.limits import INSIDE, Limits
+from mesh.wire.messages import PREFIX_BYTES
 from mesh.wire.outbound import Outbound
 from mesh.wire.peek import peek_model_name
 from mesh.wire.peer import Peer
@@ -31,6 +32,8 @@ _UNAVAILABLE: Final = 14
 _NEVER: Final = float("inf")
 # A deadline is passed on as it came unless the call has waited longer than this.
 _WAITED_S: Final = 0.001
+# Held pieces are joined at this number: tiny ones would take many times their bytes.
+_HELD_PIECES_MAX: Final = 64
 
 
 class Failure(Enum):
@@ -102,6 +105,7 @@ class RelayCall(Stream):
         "_finished",
         "_held",
         "_held_bytes",
+        "_peek_again_bytes",
         "_peeking",
         "_relay",
         "_reply_started",
@@ -138,6 +142,7 @@ class RelayCall(Stream):
         self._finished = False
         self._routed = False
         self._peeking = False
+        self._peek_again_bytes = 0
         if head.timeout_s is not None:
             self.deadline_s = conn.now_s + head.timeout_s
 
@@ -180,6 +185,8 @@ class RelayCall(Stream):
                 data = data if type(data) is bytes else bytes(data)
                 held.append(data)
                 self._held_bytes += size
+                if len(held) >= _HELD_PIECES_MAX:
+                    held[:] = [b"".join(held)]
             elif self._up is None:  # nowhere to send it: the client's window is what stops it
                 self.fail(messages_too_much(self._relay.held_bytes_max))
                 return
@@ -212,8 +219,16 @@ class RelayCall(Stream):
     def _peek(self) -> None:
         """Look for the model's name in what has come so far."""
         held = self._held or []
-        data = held[0] if len(held) == 1 else b"".join(held)
         relay = self._relay
+        full = self._held_bytes >= relay.limits.stream_window_bytes
+        if self._held_bytes < self._peek_again_bytes and not (self._request_ended or full):
+            return
+        data = held[0] if len(held) == 1 else b"".join(held)
+        if len(data) >= PREFIX_BYTES:
+            # Next time when the message is whole or twice as much is here, so that a name that
+            # comes drop by drop is not looked for at each drop.
+            whole_bytes = PREFIX_BYTES + int.from_bytes(data[1:PREFIX_BYTES], "big")
+            self._peek_again_bytes = min(whole_bytes, 2 * len(data))
         try:
             name, whole = peek_model_name(
                 data,
@@ -225,7 +240,7 @@ class RelayCall(Stream):
             self._end_unrouted(error)
             return
         if name is None:
-            if len(data) >= relay.limits.stream_window_bytes:
+            if full:
                 self._end_unrouted(
                     InvalidArgument(
                         f"model_name is not within the first {len(data)} bytes of the request: "
@@ -244,7 +259,7 @@ class RelayCall(Stream):
         self.fail(error)
 
     def waits_for_prefix(self) -> bool:
-        return not self._finished and not self._request_ended and self.request_bytes < 5
+        return not self._finished and not self._request_ended and self.request_bytes < PREFIX_BYTES
 
     def on_reset(self, code: int) -> None:
         """The client cancelled, or its connection is gone."""
@@ -375,10 +390,12 @@ class RelayCall(Stream):
         if self._held is None or (
             failure is Failure.LOST and self.head.path not in relay.idempotent
         ):
+            what = "was lost while it worked on" if failure is Failure.LOST else "did not take"
             self.fail(
                 Unavailable(
-                    f"the instance at {upstream.address} was lost while it worked on "
-                    f"{self.head.path} for model {self.model_name!r}; the request was "
+                    f"the instance at {upstream.address} {what} "
+                    f"{self.head.path} for model {self.model_name!r} ({failure.value}); "
+                    "the request was "
                     + ("too large to be held for a retry" if self._held is None else "delivered")
                     + ", so it is not sent again: retry if that is safe"
                 )
@@ -451,6 +468,8 @@ class RelayUp(Stream):
             self.consume(size)
             return
         if end:  # DATA with END_STREAM is no gRPC reply
+            if not self.local_closed:
+                self.reset(ErrorCode.CANCEL)
             self._over(Failure.LOST)
             return
         call.response_bytes += size
@@ -477,7 +496,7 @@ class RelayUp(Stream):
         if call._up is not self:
             return
         call._up = None
-        self.upstream.inflight -= 1
+        call._relay.attempt_over(self)
         if call._reply_started:
             call.fail(
                 Unavailable(
