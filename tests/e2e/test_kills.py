@@ -1,0 +1,85 @@
+"""kill -9 under traffic: of an instance no client notices, of a router only its connections."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.e2e.asking import LABELS, Asker, eventually
+from tests.e2e.conftest import StartMesh
+
+pytestmark = [pytest.mark.e2e, pytest.mark.etcd]
+
+
+class Traffic:
+    """Clients that ask without pause; what went wrong is kept."""
+
+    def __init__(self, address: str, clients: int = 3) -> None:
+        self.failures: list[grpc.RpcError] = []
+        self.answers = 0
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._ask, args=(address,)) for _ in range(clients)
+        ]
+
+    def _ask(self, address: str) -> None:
+        with Asker(address) as ask:
+            while not self._stop.is_set():
+                try:
+                    assert ask.labels("iris-0001") == LABELS
+                    self.answers += 1
+                except grpc.RpcError as error:
+                    self.failures.append(error)
+
+    def more(self, count: int) -> None:
+        """Until so many further answers have come."""
+        target = self.answers + count
+        eventually(lambda: self.answers >= target, "more answers")
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_killed_processes_come_back_and_the_mesh_serves_on(
+    samples: Path, start_mesh: StartMesh
+) -> None:
+    mesh = start_mesh("--models", str(samples), "--routers", "2").ready()
+    with Asker(mesh.address) as ask:
+        assert ask.labels("iris-0001") == LABELS
+        [holder] = ask.rows()["iris-0001"]["instance_ids"]
+    victim = holder.rpartition("-")[0]  # instance-N
+
+    with Traffic(mesh.address) as traffic:
+        traffic.more(100)
+        before = mesh.children()[victim]
+        os.kill(before, signal.SIGKILL)
+        traffic.more(200)
+        mesh.until(lambda: mesh.children().get(victim, before) != before, "a new instance")
+        traffic.more(100)
+    assert traffic.failures == []
+
+    mesh.until(lambda: "the mesh is complete again" in mesh.err, "a complete mesh")
+    with Traffic(mesh.address) as traffic:
+        traffic.more(100)
+        before = mesh.children()["router-1"]
+        os.kill(before, signal.SIGKILL)
+        traffic.more(200)
+    # Those that were on it lost what was under way, and found the other one.
+    assert len(traffic.failures) <= 3
+    assert all(error.code() is grpc.StatusCode.UNAVAILABLE for error in traffic.failures)
+    mesh.until(lambda: mesh.err.count("the mesh is complete again") == 2, "a complete mesh")
+    assert mesh.children()["router-1"] != before
+    with Asker(mesh.address) as ask:
+        assert len(ask.rows("instances")) == 2
