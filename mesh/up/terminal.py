@@ -11,9 +11,11 @@ from typing import Final
 from mesh.folder_sync import Applied
 from mesh.up.child import describe_exit
 
-# What a child writes when something is wrong, in the forms of our own logs, of Python, of etcd.
+# What a child writes when something is wrong, in the forms of our own logs, of Python, of etcd;
+# and what everybody waits for, or nobody would know why there is no ready line.
 _ALARM: Final = re.compile(
     r'\b(ERROR|CRITICAL|FATAL)\b|"level":"(error|fatal|panic|dpanic)"|^Traceback |^\w*Error: '
+    r"|\bwaiting for etcd\b"
 )
 # Problems said one by one in one scan of the folder; the rest is in the count.
 _PROBLEMS_SHOWN: Final = 20
