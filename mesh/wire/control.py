@@ -82,8 +82,10 @@ class Control(Outbound):
         stream.send_window += increment
         if stream.send_window > frames.MAX_WINDOW:
             self._stream_error(stream_id, ErrorCode.FLOW_CONTROL_ERROR)
-        elif stream.queue is not None:
-            self._send_queued(stream)
+        else:
+            if stream.queue is not None:
+                self._send_queued(stream)
+            stream.on_granted()
 
     def _rst_stream(self, stream_id: int, payload: bytes) -> None:
         if len(payload) != 4:

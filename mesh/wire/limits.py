@@ -17,7 +17,9 @@ class Limits:
     max_continuation_frames: int = 8
     hpack_table_bytes: int = 4_096
     max_frame_bytes: int = 16 * 1024
-    stream_window_bytes: int = 262144
+    # Of a request: what may come before it is accepted. A router holds as much for a retry.
+    stream_window_bytes: int = 256 * 1024
+    reply_window_bytes: int = 256 * 1024
     connection_window_bytes: int = 1024 * 1024
     accepted_window_bytes: int = 1024 * 1024  # a stream's window once its model is accepted
     resets_per_10s: int = 200
@@ -43,7 +45,7 @@ INSIDE = Limits(
     max_header_list_bytes=32 * 1024,
     max_header_fields=120,
     max_header_value_bytes=16 * 1024,
-    stream_window_bytes=1048576,
+    reply_window_bytes=1024 * 1024,
     max_frame_bytes=256 * 1024,
     max_concurrent_streams=1_024,
     connection_window_bytes=16 * 1024 * 1024,

@@ -55,12 +55,13 @@ class Outbound:
         self.peer_max_frame = frames.DEFAULT_FRAME_BYTES
         self.peer_max_streams = 100 if client else 0
         self.granted = frames.DEFAULT_WINDOW  # connection window that the peer gave us, in all
-        self.stream_window = max(limits.stream_window_bytes, frames.DEFAULT_WINDOW)
+        announced = limits.reply_window_bytes if client else limits.stream_window_bytes
+        self.stream_window = max(announced, frames.DEFAULT_WINDOW)
         self.recv_window = frames.DEFAULT_WINDOW
         # Received bytes are given back to the peer's windows in steps of half a window: every
         # WINDOW_UPDATE wakes the peer, and one that is too small makes it send crumbs.
         self._streams_max = limits.max_concurrent_streams
-        self.credit_step = max(1, limits.stream_window_bytes // 2)
+        self.credit_step = max(1, announced // 2)
         self._conn_credit_step = max(1, limits.connection_window_bytes // 4)
         self._recv_credit = 0
         self.last_peer_stream = 0
@@ -95,7 +96,9 @@ class Outbound:
         limits = self.limits
         values = {
             frames.SETTINGS_HEADER_TABLE_SIZE: limits.hpack_table_bytes,
-            frames.SETTINGS_INITIAL_WINDOW_SIZE: limits.stream_window_bytes,
+            frames.SETTINGS_INITIAL_WINDOW_SIZE: (
+                limits.reply_window_bytes if self.client else limits.stream_window_bytes
+            ),
             frames.SETTINGS_MAX_FRAME_SIZE: limits.max_frame_bytes,
             frames.SETTINGS_MAX_HEADER_LIST_SIZE: limits.max_header_list_bytes,
         }

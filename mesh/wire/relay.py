@@ -282,10 +282,22 @@ class RelayCall(Stream):
             self._up.consume(sent)
 
     def _credit(self, sent: int) -> None:
-        """The instance has been sent ``sent`` bytes: let the client send as many more."""
-        if sent > self._credited:
+        """The instance has been sent ``sent`` bytes: let the client send as many more.
+
+        But not before the instance has accepted the call, which it says by enlarging the window of
+        its first bytes: until then all that has come is held, so that a refusal costs nothing.
+        """
+        if sent > self._credited and (self._held is None or self._accepted()):
             self.consume(sent - self._credited)
             self._credited = sent
+
+    def _accepted(self) -> bool:
+        up = self._up
+        if up is None:
+            return False
+        initial = up.conn.peer_initial_window
+        # A server with a large window of its own may never say so.
+        return initial > self._relay.held_bytes_max or up.send_window + up.sent > initial
 
     # ------------------------------------------------------------------ from the dispatcher
 
@@ -428,6 +440,10 @@ class RelayUp(Stream):
         if self.call._up is self:
             self.call._credit(self.sent)
 
+    def on_granted(self) -> None:
+        if self.call._up is self:
+            self.call._credit(self.sent)
+
     def on_reply(self, head: ReplyHead, end: bool) -> None:
         call = self.call
         if call._up is not self:
@@ -438,6 +454,8 @@ class RelayUp(Stream):
             if not call._reply_started:
                 call._reply_started = True
                 call._drop_held()
+                if not call._request_ended:
+                    call._credit(self.sent)
                 block = head.relay_block or _reply_block(head)
                 call.conn.send_headers(call, block, False)
             return

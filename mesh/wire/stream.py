@@ -92,6 +92,9 @@ class Stream:
     def on_drained(self, sent: int) -> None:
         """``sent`` queued bytes have left."""
 
+    def on_granted(self) -> None:
+        """The peer has enlarged this stream's window."""
+
     def on_deadline(self) -> None:
         """``deadline_s`` has passed."""
 
