@@ -186,7 +186,11 @@ class Pod:
         try:
             answer = await self._claim(flight)
         except MeshError as error:
-            answer = LoadAnswer(LoadOutcome.FAILED, error.message, error.code)
+            if error.code in RETRYABLE:
+                # The store's fault, not the model's: nothing is to be remembered against it.
+                answer = _rejected(flight.wish.model_id, error.message)
+            else:
+                answer = LoadAnswer(LoadOutcome.FAILED, error.message, error.code)
         except Exception:
             log.exception("the load of model %r could not begin", flight.wish.model_id)
             answer = LoadAnswer(
