@@ -20,6 +20,7 @@ from mesh.wire.outbound import Outbound
 from mesh.wire.peer import Peer
 from mesh.wire.stream import Buffer, Stream
 
+_REFUSALS_MAX: Final = 3
 _STATIC: Final = hpack.encode([(b":method", b"POST"), (b":scheme", b"http")])
 _CONSTANT: Final = hpack.encode([(b"te", b"trailers"), (b"content-type", b"application/grpc")])
 
@@ -32,6 +33,10 @@ class RpcError(MeshError):
         self.trailers = trailers
 
 
+class _Refused(RpcError):
+    """REFUSED_STREAM, or GOAWAY below the call: the peer has not looked at it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     message: bytes
@@ -41,6 +46,8 @@ class Reply:
 
 def _reset_error(code: int) -> RpcError:
     name = ErrorCode(code).name if code in ErrorCode._value2member_map_ else str(code)
+    if code == ErrorCode.REFUSED_STREAM:
+        return _Refused(Code.UNAVAILABLE, "the peer refused the call before it looked at it")
     if code == ErrorCode.CANCEL:
         return RpcError(Code.CANCELLED, "the peer cancelled the call")
     if code == ErrorCode.ENHANCE_YOUR_CALM:
@@ -82,6 +89,8 @@ class _Call(Stream):
             self.error = RpcError(code, text, head.fields)
         elif self._assembler.incomplete:
             self.error = RpcError(Code.INTERNAL, "the reply ended inside a message", head.fields)
+        if not self.local_closed:  # the peer wants no more of the request
+            self.reset(ErrorCode.NO_ERROR)
         self._wake()
 
     def on_data(self, data: Buffer, end: bool) -> None:
@@ -205,7 +214,9 @@ class Channel:
     async def open(self, path: str, metadata: Metadata, timeout_s: float | None) -> _Call:
         """Start a call: its headers are sent. Raises RpcError."""
         deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        conn = self.peer.usable() or await self._connection(timeout_s)
+        conn = self.peer.usable()
+        while conn is None or not conn.can_open:  # others may have been quicker
+            conn = await self._connection(deadline_s)
         limit = self._limits.max_message_bytes
         call = conn.open_stream(lambda c, stream_id: _Call(c, stream_id, limit))
         assert isinstance(call, _Call)
@@ -230,7 +241,7 @@ class Channel:
             self._prefixes[path] = prefix
         return prefix
 
-    async def _connection(self, timeout_s: float | None) -> Outbound:
+    async def _connection(self, deadline_s: float) -> Outbound:
         ready: asyncio.Future[Outbound] = asyncio.get_running_loop().create_future()
 
         def on_ready(conn: Outbound | None, reason: str) -> None:
@@ -243,20 +254,34 @@ class Channel:
 
         self.peer.acquire(on_ready)
         try:
-            async with asyncio.timeout(timeout_s):
-                conn = await ready
+            async with asyncio.timeout(
+                None if deadline_s == float("inf") else deadline_s - time.monotonic()
+            ):
+                return await ready
         except TimeoutError:
             raise RpcError(
                 Code.DEADLINE_EXCEEDED, f"no connection to {self.address} before the deadline"
             ) from None
-        if not conn.can_open:  # others were quicker
-            return await self._connection(timeout_s)
-        return conn
 
     async def unary(
         self, path: str, message: bytes, *, metadata: Metadata = (), timeout_s: float | None = None
     ) -> Reply:
-        """One message there, one back. Cancelling the task cancels the call. Raises RpcError."""
+        """One message there, one back. Cancelling the task cancels the call. Raises RpcError.
+
+        A call that the peer refused unseen is sent again.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        for _ in range(_REFUSALS_MAX):
+            try:
+                return await self._unary(path, message, metadata, timeout_s)
+            except _Refused:
+                if deadline_s is not None:
+                    timeout_s = max(0.0, deadline_s - time.monotonic())
+        return await self._unary(path, message, metadata, timeout_s)
+
+    async def _unary(
+        self, path: str, message: bytes, metadata: Metadata, timeout_s: float | None
+    ) -> Reply:
         call = await self.open(path, metadata, timeout_s)
         try:
             call.send_data(messages.prefix(message) + message, True)
