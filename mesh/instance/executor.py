@@ -5,7 +5,7 @@ A request runs inline when its copy's measured time for messages of its size is 
 what exceeds the turn waits for the next one, in which sockets are served first. Everything else
 goes to a bounded set of threads. There the measure is processor time, because waiting for the
 interpreter's lock is no time of the model's; inline it is real time, and a copy that held up the
-loop is not tried inline again for a while. Copies with work stand in one line, so that a slow
+loop for longer than its quick runs make up for is not tried inline again for a while. Copies with work stand in one line, so that a slow
 model does not starve the others, and no copy holds all threads.
 
 Bounds: ``max_concurrency`` of the copy at once, ``max_queued_per_copy`` behind them, and
@@ -206,14 +206,13 @@ class Executor:
             sink.reply(encoded.message, initial=encoded.initial)
             ended_ns = perf_counter_ns()
             statistics.success_count += 1
-            statistics.inline_count += 1
             statistics.success_ns += ended_ns - arrived_ns
             statistics.decode_ns += decoded_ns - started_ns
             statistics.infer_ns += inferred_ns - decoded_ns
             statistics.encode_ns += ended_ns - inferred_ns
             servable.learn(size_class, ended_ns - started_ns)
             if ended_ns - started_ns > self._held_up_ns:
-                servable.held_up_the_loop()
+                servable.held_up_the_loop(ended_ns - started_ns, self._inline_max_ns)
         except MeshError as error:
             code = int(error.code)
             sink.fail(error)

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 # the loop too long to copy, whatever the model does with it.
 INLINE_BYTES_MAX: Final = 64 * 1024
 
-# Requests that go to threads after an inline run that held up the loop; four times as many after
-# each further one, so that one lost time slice costs little and a model that sleeps is found out.
+# Requests that go to threads after an inline run that held up the loop and was not paid for; four
+# times as many after each further one, so that a model that sleeps is found out.
 _PAUSE_FIRST: Final = 16
 _PAUSE_MAX: Final = 16_384
+# Inline runs that pay for a hold-up at most: a lost time slice of 75 ms, with the usual allowance.
+_PAYING_RUNS_MAX: Final = 512
 
 # A time is remembered for each power of two of the message's size: a model that is quick with one
 # row is not with a thousand.
@@ -38,7 +40,6 @@ class Statistics:
         "fail_count",
         "fail_ns",
         "infer_ns",
-        "inline_count",
         "queue_count",
         "queue_ns",
         "success_count",
@@ -50,7 +51,11 @@ class Statistics:
         self.fail_count = self.fail_ns = 0
         self.queue_count = self.queue_ns = 0
         self.decode_ns = self.infer_ns = self.encode_ns = 0
-        self.inline_count = 0
+
+    @property
+    def inline_count(self) -> int:
+        """Successes in the event loop: the others went through a queue."""
+        return self.success_count - self.queue_count
 
 
 class Servable:
@@ -58,6 +63,7 @@ class Servable:
 
     __slots__ = (
         "_next_pause",
+        "_unpaid_since",
         "codec",
         "estimates",
         "inline_pause",
@@ -86,6 +92,7 @@ class Servable:
         self.estimates = [0] * _SIZE_CLASSES
         self.inline_pause = 0  # requests that go to threads before one is tried inline again
         self._next_pause = _PAUSE_FIRST
+        self._unpaid_since = 0  # inline runs from this one on have paid for no hold-up yet
         self.running = 0  # in worker threads
         self.queue: deque[Job] = deque()
         self.queued_ready = False  # stands in the executor's line of copies with work
@@ -102,8 +109,20 @@ class Servable:
         else:
             self.estimates[size_class] = known + ((min(elapsed_ns, known << 2) - known) >> 3) + 1
 
-    def held_up_the_loop(self) -> None:
-        """An inline run took far too long. Processor time, which threads are judged by, does not
-        show a model that waits for something, so inline runs are tried ever more rarely."""
+    def held_up_the_loop(self, elapsed_ns: int, allowance_ns: int) -> None:
+        """An inline run took far too long: the process lost its core for a moment, or the model
+        waits for something, which processor time, what threads are judged by, does not show.
+
+        Every inline run may take ``allowance_ns``. A hold-up that the runs since the last one pay
+        for changes nothing; after any other, inline runs are tried ever more rarely.
+        """
+        done = self.statistics.inline_count
+        runs = min(done - self._unpaid_since, _PAYING_RUNS_MAX)
+        price = elapsed_ns // allowance_ns
+        if price <= runs:
+            self._unpaid_since = done - runs + price
+            self._next_pause = _PAUSE_FIRST
+            return
+        self._unpaid_since = done
         self.inline_pause = self._next_pause
         self._next_pause = min(self._next_pause * 4, _PAUSE_MAX)
