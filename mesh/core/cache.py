@@ -11,7 +11,8 @@ Rules:
   never passes the capacity. Only a measured size above its prediction can (it is a fact by then);
   such a copy stays SIZING, its surplus is ``overrun_bytes``, until enough others are gone, or it
   goes itself.
-* Only LOADED copies without requests inside and without a pin are evicted. A copy in UNLOADING
+* Only LOADED copies without requests inside and without a pin are evicted, and one that was
+  awaited not before its first request or the end of ``first_use_grace_ms``. A copy in UNLOADING
   takes no new requests; its unload starts when those inside have ended.
 * Awaited loads go before proactive ones; those never evict, not even into the unload buffer.
 * The unload buffer is a share of the capacity that admissions keep free by evicting ahead, so that
@@ -86,6 +87,7 @@ class Cache:
         self._pinned: dict[str, Copy] = {}
         self._lru = LazyLru()  # LOADED, pinned and busy ones included
         self._sequence = 0
+        self._now_ms = 0  # of the event being handled
         self._out: list[Instruction] = []
 
     def __repr__(self) -> str:
@@ -120,7 +122,7 @@ class Cache:
     # ---- the one mutator ----
 
     def handle(self, event: Event, now_ms: int) -> tuple[Instruction, ...]:
-        self._out = []
+        self._out, self._now_ms = [], now_ms
         match event:
             case Tick():
                 for copy in list(self._active.values()):
@@ -455,7 +457,9 @@ class Cache:
 
     def _evictable(self, model_id: str) -> bool:
         copy = self._copies[model_id]
-        return not copy.pinned and copy.use.in_flight == 0
+        if copy.pinned or copy.use.in_flight:
+            return False
+        return not copy.awaits_first_use(self._now_ms, self.config.first_use_grace_ms)
 
     def _would_churn(self, now_ms: int) -> bool:
         if not self.config.min_churn_age_ms:

@@ -129,6 +129,7 @@ class CacheConfig:
     unload_buffer_bytes: int
     default_size_bytes: int  # reserved for a model of which nothing is known
     min_churn_age_ms: int = 0  # younger copies are not evicted for a load; 0: no guard
+    first_use_grace_ms: int = 0  # an awaited copy stays for so long to be used once; 0: no grace
 
     @staticmethod
     def from_policy(policy: Policy, capacity_bytes: int) -> CacheConfig:
@@ -142,6 +143,7 @@ class CacheConfig:
             unload_buffer_bytes=min(high, max(low, loading)),
             default_size_bytes=policy.default_model_size_bytes,
             min_churn_age_ms=policy.min_churn_age_ms,
+            first_use_grace_ms=policy.first_use_grace_ms,
         )
 
 
@@ -182,6 +184,11 @@ class Copy:
         self.unload_started = False
         self.reason: Reason | None = None  # why it is leaving
         self.use = Use(event.last_used_at_ms)
+
+    def awaits_first_use(self, now_ms: int, grace_ms: int) -> bool:
+        """Loaded just now for requests that are on their way to it."""
+        unused = self.use.last_used_at_ms <= self.loaded_at_ms
+        return unused and not self.proactive and now_ms - self.loaded_at_ms < grace_ms
 
     def __repr__(self) -> str:
         return f"Copy({self.model_id} {self.state.value} {self.size_bytes} B {self.use})"

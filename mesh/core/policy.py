@@ -33,6 +33,9 @@ class Policy:
     # A load is rejected when it would evict a copy used within this age; 0 is no guard: a mesh
     # whose working set exceeds its memory is slow, but it answers.
     min_churn_age_ms: int = 0
+    # A copy that somebody waited for is not evicted before its first request, for so long: those in
+    # use cannot go, so it would be the one to go while its request is on the way.
+    first_use_grace_ms: int = 250
     # Loads at once in one instance: fetching overlaps with building a session.
     load_slots: int = 2
     # A model's inference runs in the event loop while it takes at most so long (wire.md).

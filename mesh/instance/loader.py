@@ -126,9 +126,12 @@ class Loader:
                 ArtifactRequest(record.model_id, record.path, record.key, record.model_type),
                 lambda done, total: setattr(job, "progress", (done, total)),
             )
-            size_bytes = record.size_bytes_stated or record.size_bytes_measured
+            size_bytes = record.size_bytes_stated
             if not size_bytes:
-                size_bytes = await in_thread(f"size {record.model_id}", lambda: self._predict(job))
+                # A load beside others cannot be measured and counts as what the runtime predicts:
+                # to reserve only what was measured once would let it pass the capacity.
+                predicted = await in_thread(f"size {record.model_id}", lambda: self._predict(job))
+                size_bytes = max(predicted, record.size_bytes_measured or 0)
         except Exception as error:
             self._broken(job, as_load_failure(record.model_id, error))
             return

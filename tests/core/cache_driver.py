@@ -19,9 +19,14 @@ from mesh.core.types import CopyState
 
 class Driver:
     def __init__(
-        self, capacity: int = 100, slots: int = 2, buffer: int = 0, churn_ms: int = 0
+        self,
+        capacity: int = 100,
+        slots: int = 2,
+        buffer: int = 0,
+        churn_ms: int = 0,
+        grace_ms: int = 0,
     ) -> None:
-        self.cache = Cache(CacheConfig(capacity, slots, buffer, 10, churn_ms))
+        self.cache = Cache(CacheConfig(capacity, slots, buffer, 10, churn_ms, grace_ms))
         self.now_ms = 1_000_000
 
     def send(self, event: Event, after_ms: int = 1) -> tuple[Instruction, ...]:

@@ -328,3 +328,31 @@ def test_the_unload_buffer_of_the_policy_lies_within_its_share() -> None:
     large = CacheConfig.from_policy(policy, 10_000_000_000)
     assert small.unload_buffer_bytes == 1_000_000  # 10 %
     assert large.unload_buffer_bytes == 100_000_000  # 1 %
+
+
+def test_a_copy_that_was_awaited_stays_for_its_first_request() -> None:
+    driver = Driver(capacity=100, grace_ms=250)
+    driver.load("busy", 50)
+    driver.use("busy", +1)
+    driver.load("fresh", 50)
+    out = driver.want("c", 40)  # "busy" cannot go, and who waited for "fresh" is on the way
+    assert of(StartUnload, out) == []
+    assert driver.cache.awaiting_idle
+    driver.touch("fresh")
+    out = driver.send(BecameIdle("fresh"))
+    assert [u.model_id for u in of(StartUnload, out)] == ["fresh"]
+
+
+def test_a_copy_that_nobody_came_for_goes_after_its_grace() -> None:
+    driver = Driver(capacity=100, grace_ms=250)
+    driver.load("fresh", 90)
+    assert of(StartUnload, driver.want("c", 40)) == []
+    assert of(StartUnload, driver.send(Tick(), after_ms=100)) == []
+    out = driver.send(Tick(), after_ms=250)
+    assert [u.model_id for u in of(StartUnload, out)] == ["fresh"]
+
+
+def test_a_proactive_copy_has_no_grace() -> None:
+    driver = Driver(capacity=100, grace_ms=250)
+    driver.load("ahead", 90, proactive=True)
+    assert [u.model_id for u in of(StartUnload, driver.want("c", 40))] == ["ahead"]
