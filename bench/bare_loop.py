@@ -32,11 +32,15 @@ def answer(session: Any, message: bytes) -> bytes:
     return made
 
 
-def run(model: bytes, message: bytes, seconds: float) -> dict[str, float]:
+def open_session(model: bytes) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run(model: bytes, message: bytes, seconds: float) -> dict[str, float]:
+    session = open_session(model)
     for _ in range(BATCH):
         answer(session, message)
     requests = 0
