@@ -5,8 +5,9 @@ A request runs inline when its copy's measured time for messages of its size is 
 what exceeds the turn waits for the next one, in which sockets are served first. Everything else
 goes to a bounded set of threads. There the measure is processor time, because waiting for the
 interpreter's lock is no time of the model's; inline it is real time, and a copy that held up the
-loop for longer than its quick runs make up for is not tried inline again for a while. Copies with work stand in one line, so that a slow
-model does not starve the others, and no copy holds all threads.
+loop for longer than its quick runs make up for is not tried inline again for a while. Copies with
+work stand in one line, so that a slow model does not starve the others, and no copy holds all
+threads.
 
 Bounds: ``max_concurrency`` of the copy at once, ``max_queued_per_copy`` behind them, and
 ``MAX_HELD_BYTES`` of request bytes altogether; beyond that RESOURCE_EXHAUSTED with the trailer
@@ -20,18 +21,20 @@ import asyncio
 import contextlib
 import logging
 import threading
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from time import monotonic, perf_counter_ns, thread_time_ns
 from typing import Final
 
-from mesh.core.errors import Code, DeadlineExceeded, Internal, MeshError, ResourceExhausted
+from mesh.core.errors import DeadlineExceeded, Internal, MeshError, ResourceExhausted
 from mesh.core.policy import Policy
 from mesh.instance.forms import Encoded, Form, Sink
 from mesh.instance.servable import INLINE_BYTES_MAX, Servable
 from mesh.metrics import InstanceMetrics
 from mesh.oip.call import InferCall
+from mesh.oip.tensors import InferCodec
 from mesh.runtimes.api import Tensor
 
 log = logging.getLogger(__name__)
@@ -86,10 +89,12 @@ class Job:
         try:
             call = self.call
             if call is None:
-                call = self.call = self.form.decode(self.servable, self.message, in_loop=False)
+                codec = InferCodec(self.servable.metadata)
+                call = self.call = self.form.decode(codec, self.message)
             tensors = self.servable.model.infer(call.inputs, call.outputs, call.parameters)
             if sum(tensor.data.nbytes for tensor in tensors) > INLINE_BYTES_MAX:
-                self.encoded = self.form.encode(self.servable, call, tensors, in_loop=False)
+                codec = InferCodec(self.servable.metadata)
+                self.encoded = self.form.encode(codec, call, tensors)
             else:
                 self.tensors = tensors
         except MeshError as error:
@@ -174,7 +179,9 @@ class Executor:
             estimate = servable.estimates[size_class]
             if 0 < estimate <= self._inline_max_ns and not servable.inline_pause:
                 if not self._deferred and self._turn_ns + estimate <= self._turn_max_ns:
-                    self._run_inline(servable, form, sink, message, method, now_ns, size_class)
+                    self._run_inline(
+                        servable, form, sink, message, method, now_ns, now_ns, size_class
+                    )
                     return
                 if len(self._deferred) < MAX_DEFERRED:
                     servable.use.in_flight += 1
@@ -192,45 +199,60 @@ class Executor:
         message: bytes,
         method: str,
         arrived_ns: int,
+        started_ns: int,
         size_class: int,
     ) -> None:
-        statistics = servable.statistics
-        started_ns = perf_counter_ns()
-        code = 0
+        codec = servable.codec
         try:
-            call = form.decode(servable, message, in_loop=True)
+            call = form.decode(codec, message)
+            inputs, _, head = call
             decoded_ns = perf_counter_ns()
-            tensors = servable.model.infer(call.inputs, call.outputs, call.parameters)
+            tensors = servable.model.infer(inputs, head.output_names, head.parameters)
             inferred_ns = perf_counter_ns()
-            encoded = form.encode(servable, call, tensors, in_loop=True)
-            sink.reply(encoded.message, initial=encoded.initial)
+            reply, initial = form.encode(codec, call, tensors)
+            sink.reply(reply, initial=initial)
             ended_ns = perf_counter_ns()
+        except MeshError as error:
+            ended_ns = self._failed_inline(servable, sink, method, error, arrived_ns)
+        except Exception as error:
+            log.exception("inference with model %r failed", servable.model_id)
+            wrapped = unexpected(servable, error)
+            ended_ns = self._failed_inline(servable, sink, method, wrapped, arrived_ns)
+        else:
+            statistics = servable.statistics
             statistics.success_count += 1
             statistics.success_ns += ended_ns - arrived_ns
             statistics.decode_ns += decoded_ns - started_ns
             statistics.infer_ns += inferred_ns - decoded_ns
             statistics.encode_ns += ended_ns - inferred_ns
-            servable.learn(size_class, ended_ns - started_ns)
-            if ended_ns - started_ns > self._held_up_ns:
-                servable.held_up_the_loop(ended_ns - started_ns, self._inline_max_ns)
-        except MeshError as error:
-            code = int(error.code)
-            sink.fail(error)
-        except Exception as error:
-            log.exception("inference with model %r failed", servable.model_id)
-            code = int(Code.INTERNAL)
-            sink.fail(unexpected(servable, error))
-        finally:
-            if code:
-                ended_ns = perf_counter_ns()
-                statistics.fail_count += 1
-                statistics.fail_ns += ended_ns - arrived_ns
-            self._turn_ns += ended_ns - started_ns
-            if not self._turn_open:
-                self._open_turn()
-            self._metrics.invoke_done(
-                method, code, (ended_ns - arrived_ns) / 1e6, servable.model_id
-            )
+            spent_ns = ended_ns - started_ns
+            servable.learn(size_class, spent_ns)
+            if spent_ns > self._held_up_ns:
+                servable.held_up_the_loop(spent_ns, self._inline_max_ns)
+            histogram = servable.answered.get(method)
+            if histogram is None:
+                histogram = self._metrics.invoke_histogram(method, 0, servable.model_id)
+                servable.answered[method] = histogram
+            # ``observe``, written out.
+            duration_ms = (ended_ns - arrived_ns) / 1e6
+            histogram.counts[bisect_left(histogram.bounds, duration_ms)] += 1
+            histogram.total += duration_ms
+        self._turn_ns += ended_ns - started_ns
+        if not self._turn_open:
+            self._open_turn()
+
+    def _failed_inline(
+        self, servable: Servable, sink: Sink, method: str, error: MeshError, arrived_ns: int
+    ) -> int:
+        """When it ended."""
+        sink.fail(error)
+        ended_ns = perf_counter_ns()
+        servable.statistics.fail_count += 1
+        servable.statistics.fail_ns += ended_ns - arrived_ns
+        self._metrics.invoke_done(
+            method, int(error.code), (ended_ns - arrived_ns) / 1e6, servable.model_id
+        )
+        return ended_ns
 
     def _open_turn(self) -> None:
         """``call_soon`` runs in the next turn of the loop: then the budget is new."""
@@ -252,6 +274,7 @@ class Executor:
                     job.message,
                     job.method,
                     job.queued_ns,
+                    perf_counter_ns(),
                     size_class,
                 )
             self._leave(servable)
@@ -285,7 +308,7 @@ class Executor:
         job = Job(servable, form, sink, message, method, now_ns)
         if size <= INLINE_BYTES_MAX:
             try:
-                job.call = form.decode(servable, message, in_loop=True)
+                job.call = form.decode(servable.codec, message)
             except MeshError as error:
                 self._answer_error(job, error, now_ns)
                 return
@@ -361,8 +384,9 @@ class Executor:
             encoded = job.encoded
             if encoded is None:
                 assert job.call is not None and job.tensors is not None
-                encoded = job.form.encode(servable, job.call, job.tensors, in_loop=True)
-            job.sink.reply(encoded.message, initial=encoded.initial)
+                encoded = job.form.encode(servable.codec, job.call, job.tensors)
+            reply, initial = encoded
+            job.sink.reply(reply, initial=initial)
         except MeshError as error:
             self._answer_error(job, error, job.queued_ns)
             return

@@ -1,34 +1,29 @@
 """How one inference request was put, and how its answer is to be: gRPC here, REST in rest.py.
 
-A form belongs to one request, or is shared by equal ones; it holds no tensors. The event loop uses
-the copy's own codec, which remembers; worker threads use a fresh one, because it is not
-safe for concurrent use.
+A form belongs to one request, or is shared by equal ones; it holds no tensors. The event loop hands
+in the copy's own codec, which remembers; worker threads a fresh one, because it is not safe for
+concurrent use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from mesh.core.errors import InvalidArgument, MeshError
-from mesh.instance.servable import Servable
 from mesh.oip.call import InferCall
 from mesh.oip.tensors import InferCodec
 from mesh.runtimes.api import Tensor
 from mesh.wire.messages import Metadata
 
-
-class Encoded(NamedTuple):
-    message: bytes
-    initial: Metadata = ()
+# A reply's message, and its metadata before that. A bare tuple: one is made for every answer.
+Encoded = tuple[bytes, Metadata]
 
 
 class Form(Protocol):
-    def decode(self, servable: Servable, message: bytes, *, in_loop: bool) -> InferCall: ...
+    def decode(self, codec: InferCodec, message: bytes) -> InferCall: ...
 
-    def encode(
-        self, servable: Servable, call: InferCall, tensors: Sequence[Tensor], *, in_loop: bool
-    ) -> Encoded: ...
+    def encode(self, codec: InferCodec, call: InferCall, tensors: Sequence[Tensor]) -> Encoded: ...
 
 
 class Sink(Protocol):
@@ -55,8 +50,7 @@ class GrpcForm:
         self.fallback_name = fallback_name
         self.routed_name = routed_name
 
-    def decode(self, servable: Servable, message: bytes, *, in_loop: bool) -> InferCall:
-        codec = servable.codec if in_loop else InferCodec(servable.metadata)
+    def decode(self, codec: InferCodec, message: bytes) -> InferCall:
         call = codec.decode(message)
         if self.routed_name and call.head.model_name != self.routed_name:
             raise InvalidArgument(
@@ -65,8 +59,5 @@ class GrpcForm:
             )
         return call
 
-    def encode(
-        self, servable: Servable, call: InferCall, tensors: Sequence[Tensor], *, in_loop: bool
-    ) -> Encoded:
-        codec = servable.codec if in_loop else InferCodec(servable.metadata)
-        return Encoded(codec.encode(call, tensors, call.head.model_name or self.fallback_name))
+    def encode(self, codec: InferCodec, call: InferCall, tensors: Sequence[Tensor]) -> Encoded:
+        return codec.encode(call, tensors, call.head.model_name or self.fallback_name), ()

@@ -55,7 +55,8 @@ class Inference:
             error, trailers = not_here(head.model_id)
             call.fail(error, trailers=trailers)
             return
-        form = self._form(head.vmodel_id or head.model_id, "")
+        name = head.vmodel_id or head.model_id
+        form = self._forms.get((name, "")) or self._form(name, "")
         self._executor.submit(servable, form, call, message, "ModelInfer")
 
     def _infer_by_body(self, call: ServerCall, message: bytes) -> None:

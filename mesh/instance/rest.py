@@ -7,9 +7,9 @@ from urllib.parse import unquote
 
 from mesh.core.errors import InvalidArgument
 from mesh.instance.forms import Encoded
-from mesh.instance.servable import Servable
 from mesh.oip import rest
 from mesh.oip.call import InferCall
+from mesh.oip.tensors import InferCodec
 from mesh.runtimes.api import Tensor
 from mesh.wire.head import RequestHead
 
@@ -34,30 +34,28 @@ class RestForm:
         self.model_name = _text(head, b"mesh-client-model-name", model_id)
         self.model_version = _text(head, b"mesh-client-model-version", "")
 
-    def decode(self, servable: Servable, message: bytes, *, in_loop: bool) -> InferCall:
+    def decode(self, codec: InferCodec, message: bytes) -> InferCall:
         if self.kind == "v1-predict":
-            return rest.decode_v1(message, servable.metadata, model_name=self.model_name)
+            return rest.decode_v1(message, codec.metadata, model_name=self.model_name)
         return rest.decode_v2(
             message,
             self.header_length,
-            servable.metadata,
+            codec.metadata,
             model_name=self.model_name,
             model_version=self.model_version,
         )
 
-    def encode(
-        self, servable: Servable, call: InferCall, tensors: Sequence[Tensor], *, in_loop: bool
-    ) -> Encoded:
+    def encode(self, codec: InferCodec, call: InferCall, tensors: Sequence[Tensor]) -> Encoded:
         if self.kind == "v1-predict":
             reply = rest.encode_v1(tensors)
         else:
-            versions = servable.metadata.versions
+            versions = codec.metadata.versions
             version = self.model_version or (versions[0] if versions else "")
             reply = rest.encode_v2(call, tensors, self.model_name, version)
         initial = [("mesh-http-content-type", reply.content_type)]
         if reply.json_bytes is not None:
             initial.append(("inference-header-content-length", str(reply.json_bytes)))
-        return Encoded(reply.body, initial)
+        return reply.body, initial
 
 
 def _text(head: RequestHead, name: bytes, default: str) -> str:

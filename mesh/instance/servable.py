@@ -9,6 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mesh.core.cache_lru import Use
+from mesh.metrics import Histogram
 from mesh.oip.tensors import InferCodec
 from mesh.runtimes.api import LoadedModel, ModelMetadata
 
@@ -64,6 +65,7 @@ class Servable:
     __slots__ = (
         "_next_pause",
         "_unpaid_since",
+        "answered",
         "codec",
         "estimates",
         "inline_pause",
@@ -97,6 +99,7 @@ class Servable:
         self.queue: deque[Job] = deque()
         self.queued_ready = False  # stands in the executor's line of copies with work
         self.statistics = Statistics()
+        self.answered: dict[str, Histogram] = {}  # where successes are counted, by method
 
     def learn(self, size_class: int, elapsed_ns: int) -> None:
         """Moves quickly down and slowly up: the first run of a session is slow, and a thread that

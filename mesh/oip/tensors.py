@@ -54,6 +54,9 @@ _FIELD_ID: Final = 3
 _FIELD_RAW_INPUT: Final = 7
 _TAG_ID: Final = b"\x1a"
 _TAG_RAW_OUTPUT: Final = b"\x32"
+_SHORT_ID: Final = tuple(bytes((_TAG_ID[0], size)) for size in range(0x80))
+# A NamedTuple's own ``__new__`` is a Python function: twice the cost.
+_new_tuple: Final = tuple.__new__
 
 # The packed typed contents whose bytes are the little-endian array itself.
 _PACKED_TAGS: Final[dict[str, bytes]] = {"BOOL": b"\x0a", "FP32": b"\x32", "FP64": b"\x3a"}
@@ -102,30 +105,54 @@ class _Layout:
         return message[: self.id_start] + message[self.id_end : self.first]
 
 
+class _Reply:
+    """All of a raw answer of one tensor but its id and its contents: ``start``."""
+
+    __slots__ = ("dtype", "kind", "model_name", "name", "shape", "start")
+
+    def __init__(
+        self, model_name: str, name: str, kind: str, shape: tuple[int, ...], start: bytes
+    ) -> None:
+        self.model_name = model_name
+        self.name = name
+        self.kind = kind
+        self.dtype = DATATYPES[kind].dtype
+        self.shape = shape
+        self.start = start
+
+
+_NO_REPLY: Final = _Reply("", "", "BYTES", (), b"")
+
+
 class InferCodec:
     """Decodes requests for one model and encodes its answers."""
 
-    __slots__ = ("_layouts", "_remembered_bytes", "_reply_heads", "metadata")
+    __slots__ = (
+        "_last_head",
+        "_last_reply",
+        "_layouts",
+        "_remembered_bytes",
+        "_replies",
+        "metadata",
+    )
 
     def __init__(self, metadata: ModelMetadata) -> None:
         self.metadata = metadata
         self._layouts: dict[int, _Layout] = {}
-        self._reply_heads: dict[tuple[object, ...], bytes] = {}
+        self._replies: dict[tuple[object, ...], _Reply] = {}
+        self._last_head: InferHead | None = None  # the head that ``_last_reply`` answered
+        self._last_reply = _NO_REPLY
         self._remembered_bytes = 0
 
     def decode(self, message: bytes) -> InferCall:
         """``message`` is a serialised ModelInferRequest. Arrays may be views of its bytes."""
         layout = self._layouts.get(len(message))
         if layout is not None:
-            if layout.id_start < 0:
-                template = layout.templates.get(message[: layout.first])
-                if template is not None and template.single:
-                    array: Array = np.ndarray(
-                        template.shape, template.dtype, message[layout.first :]
-                    )
-                    return InferCall({template.name: array}, "", template.head)
+            id_start, first = layout.id_start, layout.first
+            if id_start < 0:
+                template = layout.templates.get(message[:first])
             else:
-                template = layout.templates.get(layout.key(message))
+                template = layout.templates.get(message[:id_start] + message[layout.id_end : first])
             if template is not None:
                 call = _fill(template, layout, message)
                 if call is not None:
@@ -151,6 +178,21 @@ class InferCodec:
         ``model_version`` None: the version that was asked for, or the model's first.
         """
         head = call.head
+        if head is self._last_head and len(tensors) == 1 and model_version is None:
+            # As the answer before: what follows from the head need not be found out again.
+            name, kind, data = tensors[0]
+            last = self._last_reply
+            if (
+                data.shape == last.shape
+                and data.dtype is last.dtype
+                and name == last.name
+                and kind == last.kind
+                and model_name == last.model_name
+            ):
+                if call.id:
+                    return _id_field(call.id) + last.start + data.tobytes()
+                return last.start + data.tobytes()
+        follows_head = model_version is None and not head.classified
         if model_version is None:
             versions = self.metadata.versions
             model_version = head.model_version or (versions[0] if versions else "")
@@ -159,13 +201,12 @@ class InferCodec:
         if not head.raw and all(DATATYPES[t.datatype].contents_field for t in tensors):
             return _encode_typed(call, tensors, model_name, model_version)
         if len(tensors) == 1:
-            # The common case, with nothing built that need not be.
             name, kind, data = tensors[0]
-            start = self._reply_heads.get((model_name, model_version, name, kind, data.shape))
-            if start is not None and data.dtype is DATATYPES[kind].dtype:
-                if call.id:
-                    return _id_field(call.id) + start + data.tobytes()
-                return start + data.tobytes()
+            known = self._replies.get((model_name, model_version, name, kind, data.shape))
+            if known is not None and data.dtype is known.dtype:
+                if follows_head:
+                    self._last_head, self._last_reply = head, known
+                return (_id_field(call.id) if call.id else b"") + known.start + data.tobytes()
         return self._encode_raw(call, tensors, model_name, model_version)
 
     def _encode_raw(
@@ -181,7 +222,9 @@ class InferCodec:
             name, kind, data = tensors[0]
             start = b"".join(parts[1:-1])
             self._make_room(len(start))
-            self._reply_heads[(model_name, model_version, name, kind, data.shape)] = start
+            self._replies[(model_name, model_version, name, kind, data.shape)] = _Reply(
+                model_name, name, kind, data.shape, start
+            )
         return b"".join(parts)
 
     def _remember(self, message: bytes, call: InferCall) -> None:
@@ -227,32 +270,39 @@ class InferCodec:
         self._remembered_bytes += more_bytes + _ENTRY_BYTES
         if self._remembered_bytes > REMEMBERED_BYTES_MAX:
             self._layouts.clear()
-            self._reply_heads.clear()
+            self._replies.clear()
+            self._last_head, self._last_reply = None, _NO_REPLY
             self._remembered_bytes = more_bytes + _ENTRY_BYTES
 
 
 def _fill(template: _Template, layout: _Layout, message: bytes) -> InferCall | None:
     """The call, or None when the bytes between the tensors or the id are not as remembered."""
-    for start, end, expected in template.gaps:
-        if message[start:end] != expected:
-            return None
     request_id = ""
     if layout.id_start >= 0:
         try:
             request_id = message[layout.id_start : layout.id_end].decode()
         except UnicodeDecodeError:
             return None
+    inputs: dict[str, Array]
     # Slices, not views: a tensor in the middle of a message is not aligned for its datatype.
-    inputs: dict[str, Array] = {
-        name: np.ndarray(shape, dtype, message[start:end])
-        for name, dtype, shape, start, end in template.inputs
-    }
-    return InferCall(inputs, request_id, template.head)
+    if template.single:
+        tensor = np.ndarray(template.shape, template.dtype, message[layout.first :])
+        inputs = {template.name: tensor}
+    else:
+        for start, end, expected in template.gaps:
+            if message[start:end] != expected:
+                return None
+        inputs = {
+            name: np.ndarray(shape, dtype, message[start:end])
+            for name, dtype, shape, start, end in template.inputs
+        }
+    return _new_tuple(InferCall, (inputs, request_id, template.head))
 
 
 def _id_field(request_id: str) -> bytes:
     encoded = request_id.encode()
-    return _TAG_ID + varint(len(encoded)) + encoded
+    size = len(encoded)
+    return (_SHORT_ID[size] if size < 0x80 else _TAG_ID + varint(size)) + encoded
 
 
 def _reply_head(tensors: Sequence[Tensor], model_name: str, model_version: str) -> bytes:

@@ -90,7 +90,7 @@ def test_what_it_remembers_is_bounded() -> None:
         codec.encode(call, [Tensor("y", "FP32", np.ones(number, np.float32))], "m")
         kept = [key for layout in codec._layouts.values() for key in layout.templates]
         most_bytes = max(most_bytes, sum(map(len, kept)))
-        most_entries = max(most_entries, len(kept) + len(codec._reply_heads))
+        most_entries = max(most_entries, len(kept) + len(codec._replies))
     assert 0 < most_bytes < REMEMBERED_BYTES_MAX
     assert 1 < most_entries < REMEMBERED_BYTES_MAX / 256
 
@@ -127,6 +127,40 @@ def test_replies_of_other_shapes_names_and_ids_do_not_mix() -> None:
                 assert (reply.id, reply.model_name) == (request_id, name)
                 assert tuple(reply.outputs[0].shape) == shape
                 assert list(reply.raw_output_contents) == [np.ones(3, "<f4").tobytes()]
+
+
+ANSWERS = [
+    Tensor("y", "UINT16", np.array([1], "u2")),
+    Tensor("z", "UINT16", np.array([2], "u2")),
+    Tensor("y", "BF16", np.array([3], "u2")),
+    Tensor("y", "UINT16", np.array([4], "i8")),  # to be converted
+    Tensor("y", "UINT16", np.array([5, 6], "u2")),
+    Tensor("y", "UINT16", np.array([], "u2")),
+    Tensor("y", "BYTES", np.array([b"7"], object)),
+]
+PLAIN = message(1, "", 1)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([PLAIN, PLAIN, message(1, "i" * 130, 1), message(1, "", 1, "2")]),
+            st.sampled_from(ANSWERS),
+            st.sampled_from(["m", "n"]),
+            st.sampled_from([None, None, "7"]),
+        ),
+        min_size=2,
+        max_size=8,
+    )
+)
+def test_a_reply_after_others_is_as_a_new_codec_writes_it(sent: list[Any]) -> None:
+    model = metadata({"a": ("FP32", [-1, 2])}, versions=("1", "2"))
+    codec = InferCodec(model)
+    for asked, answer, name, version in [sent[0], sent[0], *sent]:
+        made = codec.encode(codec.decode(asked), [answer], name, version)
+        fresh = InferCodec(model)
+        assert made == fresh.encode(fresh.decode(asked), [answer], name, version)
 
 
 def test_arrays_are_aligned_for_their_datatype() -> None:
