@@ -180,6 +180,7 @@ async def test_the_least_recently_used_copy_makes_room(tmp_path: Path) -> None:
         for name in "abc":
             rig.register(name)
             assert (await rig.load(name)).outcome is LoadOutcome.LOADED
+            rig.pod.servables[name].use.last_used_at_ms += 1  # its first request
         rig.pod.servables["a"].use.last_used_at_ms += 1_000
         for name in "de":
             rig.register(name)
