@@ -116,7 +116,11 @@ async def _when_ready(
                 front.applier(assembly.addresses.grpc),
                 terminal,
             )
-            await asyncio.to_thread(sync.step)
+            if not await asyncio.to_thread(sync.step):
+                # Files of the last moments (samples just made) are complete if they stay as they
+                # are for one scan: the ready line should count them.
+                await asyncio.sleep(SCAN_PERIOD_S)
+                await asyncio.to_thread(sync.step)
         await _announce(settings, front, terminal, assembly, sync)
         while sync is not None:
             await asyncio.sleep(SCAN_PERIOD_S)

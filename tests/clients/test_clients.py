@@ -25,6 +25,10 @@ PYTHON = Path(
 TIMEOUT_S = 120
 
 
+def test_models_made_just_before_are_there_when_the_mesh_is_ready(mesh: LiveMesh) -> None:
+    assert "5 models from" in mesh.out
+
+
 @pytest.mark.skipif(
     not PYTHON.exists(), reason=f"no {PYTHON}: `make test` installs the clients there"
 )
