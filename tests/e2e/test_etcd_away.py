@@ -52,8 +52,7 @@ def test_waits_at_the_start_serves_when_it_goes_and_catches_up_when_it_is_back(
             assert ask.labels("loaded") == LABELS
         code, message = ask.refused(flowers("asleep"))
         assert code is grpc.StatusCode.UNAVAILABLE, message
-        refused = shared_failure(ask, samples)
-        assert refused is grpc.StatusCode.UNAVAILABLE
+        assert refusal_of_a_write(ask, samples) is grpc.StatusCode.UNAVAILABLE
 
         etcd.start()
         mesh.until(lambda: total(routers, "mesh_store_connected") == 1, "the store's return")
@@ -75,7 +74,7 @@ def test_waits_at_the_start_serves_when_it_goes_and_catches_up_when_it_is_back(
     assert "died" not in mesh.err
 
 
-def shared_failure(ask: Asker, samples: Path) -> grpc.StatusCode:
+def refusal_of_a_write(ask: Asker, samples: Path) -> grpc.StatusCode:
     """What a write is answered while there is no store."""
     try:
         ask.apply(isvc("in-vain", (samples / "iris-0001").as_uri()))

@@ -130,7 +130,7 @@ def test_a_stream_answers_in_order_and_tells_of_a_wrong_request(ask: Asker) -> N
     assert all(label_of(a.infer_response) == LABELS for a in good)
 
 
-_RAW_ONLY = {"FP16", "BF16"}
+# (ONNX's type, raw bytes, typed field and values; FP16 and BF16 have no typed form)
 DATATYPES = {
     "BOOL": (TensorProto.BOOL, b"\x01\x00", ("bool_contents", [True, False])),
     "INT8": (TensorProto.INT8, np.array([-3, 4], "i1").tobytes(), ("int_contents", [-3, 4])),

@@ -30,4 +30,3 @@ def test_every_port_that_is_taken_is_named(start_mesh: StartMesh, tmp_path: Path
         assert mesh.process.wait(30) == 1
     for port, flag in ((grpc_port, "--grpc-port"), (rest_port, "--rest-port")):
         assert str(port) in mesh.err and flag in mesh.err
-    assert mesh.children() == {} if mesh.process.poll() is None else True
