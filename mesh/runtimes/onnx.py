@@ -66,13 +66,26 @@ _ZIPMAPS: Final = frozenset({"seq(map(int64,tensor(float)))", "seq(map(string,te
 # onnx.TensorProto.BFLOAT16
 _ONNX_BFLOAT16: Final = 16
 
-Run = Callable[[list[str], Mapping[str, Any]], Sequence[Any]]
+# Output names, inputs, RunOptions.
+Run = Callable[[list[str], Mapping[str, Any], Any], Sequence[Any]]
+# A NamedTuple's own ``__new__`` is a Python function: twice the cost.
+_new_tuple: Final = tuple.__new__
 
 
 class OnnxModel:
     """One session. ``infer`` is safe from several threads: onnxruntime's own Run is."""
 
-    __slots__ = ("_heap", "_kinds", "_names", "_run", "_special", "_text", "metadata", "size_bytes")
+    __slots__ = (
+        "_heap",
+        "_kinds",
+        "_names",
+        "_options",
+        "_run",
+        "_special",
+        "_text",
+        "metadata",
+        "size_bytes",
+    )
 
     def __init__(
         self, session: Any, metadata: ModelMetadata, size_bytes: int, heap: NativeHeap
@@ -87,22 +100,24 @@ class OnnxModel:
         # These need work on the way in or out; every other model takes the short way.
         self._text = frozenset(s.name for s in metadata.inputs if s.datatype == "BYTES")
         self._special = bool(kinds & {"BYTES", "BF16"} or zipmaps)
+        self._options = _run_options()
         self._run = _bf16_run(session, metadata) if "BF16" in kinds else _plain_run(session)
 
     def infer(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], parameters: Mapping[str, Any]
     ) -> list[Tensor]:
-        names = list(outputs) or self._names
+        names = list(outputs) if outputs else self._names
         try:
             if self._special:
                 return self._infer_special(inputs, names)
-            results = self._run(names, inputs)
+            results = self._run(names, inputs, self._options)
         except MeshError:
             raise
         except Exception as error:
             raise _run_error(error) from None
         if len(names) == 1:
-            return [Tensor(names[0], self._kinds[names[0]], results[0])]
+            name = names[0]
+            return [_new_tuple(Tensor, (name, self._kinds[name], results[0]))]
         kinds = self._kinds
         return [Tensor(name, kinds[name], data) for name, data in zip(names, results, strict=True)]
 
@@ -114,7 +129,7 @@ class OnnxModel:
             }
         return [
             Tensor(name, self._kinds[name], _from_ort(data, self._kinds[name]))
-            for name, data in zip(names, self._run(names, inputs), strict=True)
+            for name, data in zip(names, self._run(names, inputs, self._options), strict=True)
         ]
 
     def unload(self) -> None:
@@ -239,14 +254,18 @@ def _session_options(settings: OnnxSettings) -> Any:
     return options
 
 
-def _plain_run(session: Any) -> Run:
-    """The session underneath, where this onnxruntime has it: the wrapper costs 2 us a call."""
+def _run_options() -> Any:
     import onnxruntime
 
     options = onnxruntime.RunOptions()
     options.log_severity_level = 4
-    run = getattr(getattr(session, "_sess", None), "run", None) or session.run
-    return lambda names, inputs: run(names, inputs, options)
+    return options
+
+
+def _plain_run(session: Any) -> Run:
+    """The session underneath, where this onnxruntime has it: the wrapper costs 2 us a call."""
+    run: Run = getattr(getattr(session, "_sess", None), "run", None) or session.run
+    return run
 
 
 def _bf16_run(session: Any, metadata: ModelMetadata) -> Run:
@@ -257,14 +276,14 @@ def _bf16_run(session: Any, metadata: ModelMetadata) -> Run:
     typed_value_of = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
     bf16 = {s.name for s in (*metadata.inputs, *metadata.outputs) if s.datatype == "BF16"}
 
-    def run(names: list[str], inputs: Mapping[str, Any]) -> Sequence[Any]:
+    def run(names: list[str], inputs: Mapping[str, Any], options: Any) -> Sequence[Any]:
         # An OrtValue keeps no reference to the array it was made of: `arrays` must outlive it.
         arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         values = {
             name: typed_value_of(array, _ONNX_BFLOAT16) if name in bf16 else value_of(array)
             for name, array in arrays.items()
         }
-        results = session.run_with_ort_values(names, values)
+        results = session.run_with_ort_values(names, values, options)
         return [
             _bits_of(value) if name in bf16 else value.numpy()
             for name, value in zip(names, results, strict=True)
@@ -282,7 +301,7 @@ def _bits_of(value: Any) -> Array:
     return np.array(bits, dtype=np.uint16).reshape(shape)
 
 
-def _unloaded(names: list[str], inputs: Mapping[str, Any]) -> Sequence[Any]:
+def _unloaded(names: list[str], inputs: Mapping[str, Any], options: Any) -> Sequence[Any]:
     raise Unavailable("the model was unloaded; try again")
 
 
