@@ -248,6 +248,16 @@ class Outbound:
             self._blocked[stream] = None
             self._send_queued(stream)
 
+    def settle(self, older_s: float) -> None:
+        """Let go of the read buffers that streams hold which have not moved since ``older_s``."""
+        for stream in self._blocked:
+            queue = stream.queue
+            if queue is None or stream.progress_s > older_s:
+                continue
+            for index, item in enumerate(queue):
+                if type(item) is memoryview and type(item.obj) is bytearray:
+                    queue[index] = memoryview(bytes(item))
+
     # ------------------------------------------------------------------ streams
 
     def open_stream(self, make: Callable[[Outbound, int], Stream]) -> Stream:
@@ -387,4 +397,6 @@ def _append(queue: deque[Buffer | End], data: Buffer) -> None:
         if type(last) is bytes and len(last) < _PIECE_BYTES:
             queue[-1] = last + data
             return
+    else:
+        data = memoryview(data)  # to be cut without copying what is left each time
     queue.append(data)

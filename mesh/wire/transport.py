@@ -225,6 +225,8 @@ class Link(asyncio.BufferedProtocol):
         late = [s for s in conn.streams.values() if s.deadline_s <= now_s]
         for stream in late:
             stream.on_deadline()
+        if conn._blocked:
+            conn.settle(now_s - _TICK_S)
         if not slow:
             return
         if not conn.closed:
