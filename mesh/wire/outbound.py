@@ -377,6 +377,11 @@ class Outbound:
             except Exception:  # the other streams must hear of it all the same
                 log.exception("the loss of stream %d could not be handled", stream.id)
 
+    @property
+    def awaits_drain(self) -> bool:
+        """The peer may not have seen our first GOAWAY yet."""
+        return bool(self._drain_ping) and not self.closed
+
     def start_drain(self) -> None:
         """Graceful shutdown, first half: no new streams after the peer has seen this."""
         if self.going_away or self.closed:

@@ -13,7 +13,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Coroutine, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from mesh.core.errors import Code, Internal, MeshError, Unimplemented
 from mesh.wire.calls import (
@@ -48,6 +48,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+# So long a draining server waits for a client to answer a PING.
+_CROSSING_S: Final = 2.0
 
 
 class Fallback(Protocol):
@@ -124,8 +127,12 @@ class Server:
         for link in list(self._links):
             link.conn.start_drain()
         loop = asyncio.get_running_loop()
-        until = loop.time() + timeout_s
-        while self.inflight and loop.time() < until:
+        begun = loop.time()
+        until = begun + timeout_s
+        # Calls that crossed our GOAWAY have come when the client has answered the PING behind it.
+        while (self.inflight and loop.time() < until) or (
+            self._crossing and loop.time() < min(until, begun + _CROSSING_S)
+        ):
             self._idle = asyncio.Event()
             try:
                 async with asyncio.timeout(min(0.05, max(0.0, until - loop.time()))):
@@ -135,6 +142,10 @@ class Server:
         if self.inflight:
             log.warning("drain: %d calls did not end in %g s", self.inflight, timeout_s)
         await self.close()
+
+    @property
+    def _crossing(self) -> bool:
+        return any(link.conn.awaits_drain for link in self._links)
 
     async def close(self) -> None:
         """Close everything now."""
