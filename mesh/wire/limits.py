@@ -17,9 +17,11 @@ class Limits:
     max_continuation_frames: int = 8
     hpack_table_bytes: int = 4_096
     max_frame_bytes: int = 16 * 1024
-    # Of a request: what may come before it is accepted. A router holds as much for a retry.
-    stream_window_bytes: int = 256 * 1024
-    reply_window_bytes: int = 256 * 1024
+    # What a peer may have under way on a stream that nobody has accepted, or that nobody reads.
+    stream_window_bytes: int = 64 * 1024
+    # The same once its bytes flow; a connection's streams share the bound on what that adds.
+    wide_window_bytes: int = 512 * 1024
+    max_wide_bytes_per_connection: int = 4 * 1024 * 1024
     connection_window_bytes: int = 1024 * 1024
     accepted_window_bytes: int = 1024 * 1024  # a stream's window once its model is accepted
     resets_per_10s: int = 200
@@ -45,7 +47,7 @@ INSIDE = Limits(
     max_header_list_bytes=32 * 1024,
     max_header_fields=120,
     max_header_value_bytes=16 * 1024,
-    reply_window_bytes=1024 * 1024,
+    max_wide_bytes_per_connection=1024 * 1024 * 1024,
     max_frame_bytes=256 * 1024,
     max_concurrent_streams=1_024,
     connection_window_bytes=16 * 1024 * 1024,

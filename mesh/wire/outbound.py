@@ -55,7 +55,7 @@ class Outbound:
         self.peer_max_frame = frames.DEFAULT_FRAME_BYTES
         self.peer_max_streams = 100 if client else 0
         self.granted = frames.DEFAULT_WINDOW  # connection window that the peer gave us, in all
-        announced = limits.reply_window_bytes if client else limits.stream_window_bytes
+        announced = limits.stream_window_bytes
         self.stream_window = max(announced, frames.DEFAULT_WINDOW)
         self.recv_window = frames.DEFAULT_WINDOW
         # Received bytes are given back to the peer's windows in steps of half a window: every
@@ -97,7 +97,7 @@ class Outbound:
         values = {
             frames.SETTINGS_HEADER_TABLE_SIZE: limits.hpack_table_bytes,
             frames.SETTINGS_INITIAL_WINDOW_SIZE: (
-                limits.reply_window_bytes if self.client else limits.stream_window_bytes
+                limits.stream_window_bytes
             ),
             frames.SETTINGS_MAX_FRAME_SIZE: limits.max_frame_bytes,
             frames.SETTINGS_MAX_HEADER_LIST_SIZE: limits.max_header_list_bytes,

@@ -28,6 +28,8 @@ from mesh.wire.peer import Peer
 from mesh.wire.stream import Buffer, Stream
 
 _CANCELLED: Final = 1
+# A stream that has moved so much is a large one.
+_WIDEN_BYTES: Final = 32 * 1024
 _UNAVAILABLE: Final = 14
 _NEVER: Final = float("inf")
 # A deadline is passed on as it came unless the call has waited longer than this.
@@ -290,6 +292,25 @@ class RelayCall(Stream):
         if sent > self._credited and (self._held is None or self._accepted()):
             self.consume(sent - self._credited)
             self._credited = sent
+            if sent >= _WIDEN_BYTES and self.queue is None and not self.wide:
+                self._widen(self)
+
+    def _widen(self, stream: Stream) -> None:
+        """A large request (``stream`` is this) or reply flows: widen its window, if the client's
+        connection may have that much more under way."""
+        conn = self.conn
+        limits = conn.limits
+        wide_bytes = limits.wide_window_bytes
+        for other in conn.streams.values():
+            if other.wide:
+                wide_bytes += limits.wide_window_bytes
+            if isinstance(other, RelayCall):
+                up = other._up
+                wide_bytes += (
+                    limits.wide_window_bytes if up is not None and up.wide else other.queued_bytes
+                )
+        if wide_bytes <= limits.max_wide_bytes_per_connection:
+            stream.widen()
 
     def _accepted(self) -> bool:
         up = self._up
@@ -493,12 +514,16 @@ class RelayUp(Stream):
         call.response_bytes += size
         if call.send_data(data, False):
             self.consume(size)
+            if call.response_bytes >= _WIDEN_BYTES and not self.wide:
+                call._widen(self)
 
     def on_data_run(self, pieces: list[Buffer], total: int) -> None:
         call = self.call
         if call._up is self and call.send_run(pieces, total):
             call.response_bytes += total
             self.consume(total)
+            if not self.wide:
+                call._widen(self)
         else:
             super().on_data_run(pieces, total)
 

@@ -30,6 +30,7 @@ class Stream:
 
     __slots__ = (
         "conn",
+        "credit_step",
         "deadline_s",
         "empty_frames",
         "headers_seen",
@@ -50,6 +51,7 @@ class Stream:
         self.id = stream_id
         self.send_window = conn.peer_initial_window
         self.recv_window = conn.stream_window
+        self.credit_step = conn.credit_step
         self.recv_credit = 0
         self.remote_closed = False
         self.local_closed = False
@@ -106,7 +108,7 @@ class Stream:
     def consume(self, count: int) -> None:
         """``count`` received bytes were passed on: give the peer that much window again."""
         self.recv_credit += count
-        if self.recv_credit >= self.conn.credit_step and not self.remote_closed:
+        if self.recv_credit >= self.credit_step and not self.remote_closed:
             self.conn.control(frames.window_update(self.id, self.recv_credit))
             self.recv_window += self.recv_credit
             self.recv_credit = 0
@@ -115,6 +117,20 @@ class Stream:
         """Let the peer have ``size`` bytes under way on this stream."""
         if not self.remote_closed and size > self.recv_window + self.recv_credit:
             self.consume(size - self.recv_window - self.recv_credit)
+
+    def widen(self) -> None:
+        """Its bytes flow: let the peer have more under way, and tell it less often."""
+        size = self.conn.limits.wide_window_bytes
+        self.credit_step = size // 2
+        if not self.remote_closed and size > self.recv_window + self.recv_credit:
+            self.recv_credit = size - self.recv_window
+            self.conn.control(frames.window_update(self.id, self.recv_credit))
+            self.recv_window = size
+            self.recv_credit = 0
+
+    @property
+    def wide(self) -> bool:
+        return self.credit_step > self.conn.credit_step
 
     def send_headers(self, block: bytes, end: bool) -> None:
         self.conn.send_headers(self, block, end)
