@@ -260,6 +260,22 @@ def test_nothing_is_credited_on_a_stream_that_is_over() -> None:
     assert output(link.conn) == b""
 
 
+def test_an_end_that_waited_for_the_transport_needs_no_window() -> None:
+    """The connection's window is used up by others; a stream's end goes out all the same."""
+    link = server(LIMITS)
+    for stream_id in (1, 3):
+        link.receive(headers(stream_id, end=True))
+        link.owner.streams[stream_id].send_headers(REPLY_BLOCK, False)
+    link.owner.streams[1].send_data(bytes(200_000), False)
+    assert link.conn.send_window == 0
+    link.conn.writable = False
+    link.owner.streams[3].send_data(b"", True)
+    assert 3 in link.conn.streams
+    link.conn.writable = True
+    link.conn.resume()
+    assert 3 not in link.conn.streams and 1 in link.conn.streams
+
+
 def test_a_stalled_queue_of_tiny_pieces_is_joined() -> None:
     link = server(LIMITS, settings={4: 0})
     link.receive(headers(1, end=True))

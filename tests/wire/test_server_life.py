@@ -24,7 +24,7 @@ from tests.wire.waiting import WAIT_S, until
 
 ECHO = "/test.Echo/Unary"
 HELD = "/test.Echo/Held"
-OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 
 
 class Echo:
@@ -110,8 +110,40 @@ async def test_drain_says_goaway_twice(echo: Echo) -> None:
     writer.close()
 
 
+async def test_drain_waits_for_calls_that_cross_its_goaway(echo: Echo) -> None:
+    """Nothing is in flight, but the client has not seen the GOAWAY yet."""
+    port = await echo.server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    path = hpack.encode([(n, ECHO.encode() if n == b":path" else v) for n, v in REQUEST])
+    writer.write(frames.PREFACE + frames.settings({}))
+    raw = b""
+    while frames.SETTINGS_ACK not in raw:
+        raw += await asyncio.wait_for(reader.read(1 << 16), WAIT_S)
+    drained = asyncio.create_task(echo.server.drain(WAIT_S))
+    while frames.ping(b"mesh-bye") not in raw:
+        raw += await asyncio.wait_for(reader.read(1 << 16), WAIT_S)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    writer.write(headers(1, path) + data(1, messages.prefix(b"crossed") + b"crossed", end=True))
+    writer.write(frames.ping(b"mesh-bye", ack=True))
+    raw += await asyncio.wait_for(reader.read(), WAIT_S)
+    assert messages.prefix(b"crossed") + b"crossed" in raw
+    await drained
+    writer.close()
+
+
+async def test_drain_does_not_wait_for_ever_for_a_client_that_answers_no_ping(echo: Echo) -> None:
+    port = await echo.server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(frames.PREFACE + frames.settings({}))
+    await until(lambda: echo.server.connections)
+    await echo.server.drain(0.2)
+    await asyncio.wait_for(reader.read(), WAIT_S)
+    writer.close()
+
+
 async def test_no_call_of_grpcio_is_lost_in_a_drain(echo: Echo) -> None:
-    """Without retries of its own: a call that the old server had taken or seen is answered."""
+    """grpcio sends again only what never left it or was refused unseen; the rest is answered."""
     port = await echo.server.start(reuse_port=True)
     successor = Echo()
     await successor.server.start(port=port, reuse_port=True)

@@ -26,6 +26,7 @@ from tests.wire.memory import (
     frame,
     headers,
     parse,
+    server,
 )
 
 LIMITS = replace(PUBLIC, pings_per_10s=10**6, settings_per_10s=10**6)
@@ -200,3 +201,28 @@ def test_runs_of_full_frames_in_one_large_read() -> None:
     quick = outcome(raw, [], client=False, views=True)
     assert quick == outcome(raw, list(range(0, len(raw), 1_000)), client=False, views=False)
     assert quick[0][1][1] == ("data", b"".join(pieces[:9]), True)
+
+
+def test_runs_of_two_streams_are_kept_apart() -> None:
+    raw = headers(1) + headers(3)
+    for turn in range(6):
+        raw += (
+            data(1, bytes([turn]) * 8_000) + data(1, b"1" * 5_000) + data(3, bytes([turn]) * 9_000)
+        )
+    raw += data(1, b"", end=True) + data(3, b"", end=True)
+    quick = outcome(raw, [], client=False, views=True)
+    assert quick == outcome(raw, list(range(0, len(raw), 777)), client=False, views=False)
+    assert len(quick[0][1][1][1]) == 6 * 13_000 and len(quick[0][3][1][1]) == 6 * 9_000
+
+
+def test_a_known_block_means_something_else_when_the_table_has_changed() -> None:
+    """Blocks are cached by their bytes; an index in them may come to name another field."""
+    newest = REQUEST_BLOCK + b"\xbe"
+    insert_a, insert_b = b"\x40\x03x-a\x011", b"\x40\x03x-b\x012"
+    link = server()
+    for turn, block in enumerate(
+        [REQUEST_BLOCK + insert_a, newest, newest, REQUEST_BLOCK + insert_b, newest, newest]
+    ):
+        link.receive(headers(1 + 2 * turn, block, end=True))
+    seen = [event[2][-1] for event in link.owner.log]
+    assert seen == [(b"x-a", b"1")] * 3 + [(b"x-b", b"2")] * 3
