@@ -38,6 +38,7 @@ from mesh.wire.head import RequestHead
 from mesh.wire.messages import Metadata
 from mesh.wire.relay import Relay, Upstream
 from mesh.wire.server import Server
+from mesh.wire.transport import pump_of
 from router import reflection
 from router.admin import RPCS as ADMIN_RPCS
 from router.admin import Admin
@@ -208,6 +209,7 @@ class Router:
         gc.collect()
         self._freeze()
         self.readiness.set_synced()
+        pump_of(asyncio.get_running_loop()).on_tick = self.relay.note_queued
         grpc_port = await self.server.start(
             settings.host,
             settings.grpc_port,
@@ -349,7 +351,7 @@ class Router:
             "instances": lambda: len(view.instances),
             "view_revision": lambda: view.revision,
             "leader": lambda: float(self.election.is_leader),
-            "buffered_bytes": lambda: self.relay.budget.used_bytes,
+            "buffered_bytes": lambda: self.relay.budget.used_bytes + self.relay.budget.queued_bytes,
             "inflight": lambda: self.dispatcher.inflight,
             "connections": lambda: self.server.connections,
             "store_connected": lambda: float(self._store_connected),

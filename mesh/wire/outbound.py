@@ -96,9 +96,7 @@ class Outbound:
         limits = self.limits
         values = {
             frames.SETTINGS_HEADER_TABLE_SIZE: limits.hpack_table_bytes,
-            frames.SETTINGS_INITIAL_WINDOW_SIZE: (
-                limits.stream_window_bytes
-            ),
+            frames.SETTINGS_INITIAL_WINDOW_SIZE: (limits.stream_window_bytes),
             frames.SETTINGS_MAX_FRAME_SIZE: limits.max_frame_bytes,
             frames.SETTINGS_MAX_HEADER_LIST_SIZE: limits.max_header_list_bytes,
         }

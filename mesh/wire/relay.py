@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Protocol
 
-from mesh.core.errors import DeadlineExceeded, Internal, InvalidArgument, MeshError, Unavailable
+from mesh.core.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    MeshError,
+    ResourceExhausted,
+    Unavailable,
+)
 from mesh.wire import hpack, messages
 from mesh.wire.frames import ErrorCode
 from mesh.wire.head import ReplyHead, RequestHead, format_timeout
@@ -66,10 +73,15 @@ class Upstream(Peer):
 
 @dataclass(slots=True)
 class HeldBudget:
-    """Request bytes that all calls of this process hold, and the bound on them."""
+    """Bytes that all calls of this process keep, and the bound on them.
+
+    ``used_bytes`` are held requests, exact; ``queued_bytes`` wait for peers to read them, as of the
+    last tick of the loop's pump (``Relay.note_queued``).
+    """
 
     max_bytes: int
     used_bytes: int = 0
+    queued_bytes: int = 0
 
 
 class Dispatcher(Protocol):
@@ -559,6 +571,14 @@ def messages_too_much(limit: int) -> MeshError:
     )
 
 
+def _too_full(budget: HeldBudget) -> MeshError:
+    return ResourceExhausted(
+        f"this router keeps {budget.used_bytes + budget.queued_bytes} bytes for clients that wait "
+        f"or do not read, over its bound of {budget.max_bytes}; retry shortly",
+        retry_after_ms=1_000,
+    )
+
+
 _DROPPED_REPLY: Final = (b"mesh-", b":")
 
 
@@ -604,10 +624,18 @@ class Relay:
         call.remote_closed = end
         conn.streams[stream_id] = call
         call._request_ended = end
+        budget = self.budget
+        if budget.queued_bytes + budget.used_bytes > budget.max_bytes:
+            call._end_unrouted(_too_full(budget))
+            return call
         call.begin()
         if end and call._peeking:
             call._end_unrouted(InvalidArgument("the request ended before its message did"))
         return call
+
+    def note_queued(self, queued_bytes: int) -> None:
+        """What waits for peers to read it, in all of this process (``Pump.on_tick``)."""
+        self.budget.queued_bytes = queued_bytes
 
     def request_prefix(self, head: RequestHead) -> bytes:
         """The header block of a relayed request but for model and time-out."""

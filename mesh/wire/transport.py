@@ -48,6 +48,9 @@ class Pump:
         self._buffers: list[bytearray] = [bytearray(_READ_BYTES)]
         self._timer: asyncio.TimerHandle | None = None
         self._ticks = 0
+        # Told at every tick what all peers together have not let us send yet, in bytes.
+        self.on_tick: Callable[[int], None] | None = None
+        self.counting_bytes = 0
 
     def mark(self, link: Link) -> None:
         self.dirty.append(link)
@@ -222,7 +225,12 @@ class Link(asyncio.BufferedProtocol):
         """Deadlines of streams; once a second also the connection's own time-outs."""
         conn = self.conn
         conn.now_s = now_s
-        late = [s for s in conn.streams.values() if s.deadline_s <= now_s]
+        late = []
+        for stream in conn.streams.values():
+            if stream.deadline_s <= now_s:
+                late.append(stream)
+            if stream.queue is not None:
+                self.pump.counting_bytes += stream.queued_bytes
         for stream in late:
             stream.on_deadline()
         if conn._blocked:

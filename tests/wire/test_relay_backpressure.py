@@ -6,10 +6,12 @@ import asyncio
 
 import pytest
 
+from mesh.core.errors import Code
 from mesh.wire import messages
-from mesh.wire.client import _Call
+from mesh.wire.client import RpcError, _Call
 from mesh.wire.limits import INSIDE, PUBLIC
 from mesh.wire.relay import RelayCall
+from mesh.wire.transport import pump_of
 from tests.wire.relay_world import INFER, STREAM, World, request
 from tests.wire.waiting import WAIT_S, until
 
@@ -127,3 +129,21 @@ async def test_small_calls_beside_large_ones_on_one_connection(world: World, cou
         assert (await channel.unary(INFER, small, timeout_s=WAIT_S)).message == small
     stop = True
     assert all(await asyncio.gather(*transfers))
+
+
+async def test_a_router_that_keeps_too_much_takes_no_more_calls(world: World) -> None:
+    """What waits for slow readers counts against the bound of the process, and is given back."""
+    pump_of(asyncio.get_running_loop()).on_tick = world.relay.note_queued
+    budget = world.relay.budget
+    calls = await unread(world, 8, 2 << 20)
+    await until(lambda: budget.queued_bytes > 0, "the count of what is queued")
+    budget.max_bytes = 1 << 10
+    with pytest.raises(RpcError) as refused:
+        await world.channel().unary(INFER, request("small", 400), timeout_s=WAIT_S)
+    assert refused.value.code is Code.RESOURCE_EXHAUSTED and "1024" in refused.value.message
+    for call in calls:
+        call.reset(8)
+    await until(lambda: budget.queued_bytes == 0, "nothing queued any more")
+    budget.max_bytes = 1 << 20
+    small = request("small", 400)
+    assert (await world.channel().unary(INFER, small, timeout_s=WAIT_S)).message == small
