@@ -97,16 +97,21 @@ class Pump:
     def _tick(self) -> None:
         self._timer = None
         if not self.links:
+            if self.on_tick is not None:
+                self.on_tick(0)
             return
         now_s = time.monotonic()
         self._ticks += 1
         slow = self._ticks % _SLOW_TICKS == 0
+        self.counting_bytes = 0
         for link in list(self.links):
             try:
                 link.check(now_s, slow=slow)
             except Exception:  # the clock of all connections goes on
                 log.exception("a deadline or time-out could not be handled")
                 link.abort()
+        if self.on_tick is not None:
+            self.on_tick(self.counting_bytes)
         self._timer = self.loop.call_later(_TICK_S, self._tick)
 
 
