@@ -234,15 +234,10 @@ class RelayCall(Stream):
         """Look for the model's name in what has come so far."""
         held = self._held or []
         relay = self._relay
-        full = self._held_bytes >= relay.limits.stream_window_bytes
-        if self._held_bytes < self._peek_again_bytes and not (self._request_ended or full):
+        window = relay.limits.stream_window_bytes
+        if self._held_bytes < self._peek_again_bytes and not self._request_ended:
             return
         data = held[0] if len(held) == 1 else b"".join(held)
-        if len(data) >= PREFIX_BYTES:
-            # Next time when the message is whole or twice as much is here, so that a name that
-            # comes drop by drop is not looked for at each drop.
-            whole_bytes = PREFIX_BYTES + int.from_bytes(data[1:PREFIX_BYTES], "big")
-            self._peek_again_bytes = min(whole_bytes, 2 * len(data))
         try:
             name, whole = peek_model_name(
                 data,
@@ -254,7 +249,12 @@ class RelayCall(Stream):
             self._end_unrouted(error)
             return
         if name is None:
-            if full:
+            if len(data) >= PREFIX_BYTES:
+                # Next time when the message is whole, the window full, or twice as much is here:
+                # a name that comes drop by drop is not looked for at each drop.
+                whole_bytes = PREFIX_BYTES + int.from_bytes(data[1:PREFIX_BYTES], "big")
+                self._peek_again_bytes = min(whole_bytes, window, 2 * len(data))
+            if len(data) >= window:
                 self._end_unrouted(
                     InvalidArgument(
                         f"model_name is not within the first {len(data)} bytes of the request: "
