@@ -37,7 +37,8 @@ class EchoStream(Stream):
     def on_data(self, data: Buffer, end: bool) -> None:
         # A view would keep the connection's read buffer from being used again.
         self.pieces.append(data if type(data) is bytes else bytes(data))
-        if not end:
+        if not end:  # as an instance does: a call in one piece needs no larger window
+            self.grow_window(self.conn.limits.accepted_window_bytes)
             self.consume(len(data))
             return
         self.send_headers(REPLY_BLOCK, False)
@@ -62,7 +63,6 @@ class EchoEverything:
     ) -> Stream | None:
         stream = EchoStream(conn, stream_id)
         stream.remote_closed = end
-        stream.grow_window(conn.limits.accepted_window_bytes)
         conn.streams[stream_id] = stream
         if end:
             stream.on_data(b"", True)
