@@ -28,31 +28,37 @@ TRAILERS_BLOCK = hpack.encode([(b"grpc-status", b"0")])
 class EchoStream(Stream):
     """Keeps what it receives and sends it when the request has ended."""
 
-    __slots__ = ("pieces",)
+    __slots__ = ("filled", "whole")
 
     def __init__(self, conn: Outbound, stream_id: int) -> None:
         super().__init__(conn, stream_id)
-        self.pieces: list[bytes] = []
+        self.whole = bytearray()
+        self.filled = 0
 
     def on_data(self, data: Buffer, end: bool) -> None:
-        # A view would keep the connection's read buffer from being used again.
-        self.pieces.append(data if type(data) is bytes else bytes(data))
-        if not end:  # as an instance does: a call in one piece needs no larger window
-            self.grow_window(self.conn.limits.accepted_window_bytes)
-            self.consume(len(data))
+        if end and not self.filled:  # all of it in one frame
+            self.answer(bytes(data))
             return
-        self.send_headers(REPLY_BLOCK, False)
+        size = len(data)
+        if not self.filled:  # as an instance does: room for the message, and a larger window
+            self.whole = bytearray(5 + int.from_bytes(data[1:5], "big"))
+            self.grow_window(self.conn.limits.accepted_window_bytes)
+        self.whole[self.filled : self.filled + size] = data
+        self.filled += size
+        if not end:
+            self.consume(size)
+            return
         # In one piece, so that it leaves in frames of full size: HAProxy 2.6 ends a connection with
         # INTERNAL_ERROR when several streams send it DATA of odd sizes at once.
-        if len(self.pieces) == 1:
-            self.send_data(self.pieces[0], False)
-        else:
-            self.send_data(memoryview(b"".join(self.pieces)), False)
-        self.pieces = []
+        self.answer(memoryview(self.whole))
+
+    def answer(self, message: Buffer) -> None:
+        self.send_headers(REPLY_BLOCK, False)
+        self.send_data(message, False)
         self.send_trailers(TRAILERS_BLOCK)
 
     def on_reset(self, code: int) -> None:
-        self.pieces = []
+        self.whole = bytearray()
 
 
 class EchoEverything:

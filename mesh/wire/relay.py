@@ -322,7 +322,7 @@ class RelayCall(Stream):
                     limits.wide_window_bytes if up is not None and up.wide else other.queued_bytes
                 )
         if wide_bytes <= limits.max_wide_bytes_per_connection:
-            stream.widen()
+            stream.grow_window(limits.wide_window_bytes)
 
     def _accepted(self) -> bool:
         up = self._up

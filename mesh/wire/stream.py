@@ -114,17 +114,10 @@ class Stream:
             self.recv_credit = 0
 
     def grow_window(self, size: int) -> None:
-        """Let the peer have ``size`` bytes under way on this stream."""
+        """Let the peer have ``size`` bytes under way on this stream, and tell it less often."""
+        self.credit_step = max(self.credit_step, size // 2)
         if not self.remote_closed and size > self.recv_window + self.recv_credit:
-            self.consume(size - self.recv_window - self.recv_credit)
-
-    def widen(self) -> None:
-        """Its bytes flow: let the peer have more under way, and tell it less often."""
-        size = self.conn.limits.wide_window_bytes
-        self.credit_step = size // 2
-        if not self.remote_closed and size > self.recv_window + self.recv_credit:
-            self.recv_credit = size - self.recv_window
-            self.conn.control(frames.window_update(self.id, self.recv_credit))
+            self.conn.control(frames.window_update(self.id, size - self.recv_window))
             self.recv_window = size
             self.recv_credit = 0
 

@@ -177,18 +177,22 @@ class Link(asyncio.BufferedProtocol):
 
     def buffer_updated(self, count: int) -> None:
         data: Buffer
-        if count <= _SMALL_READ_BYTES:
+        small = count <= _SMALL_READ_BYTES
+        if small:
             data = bytes(memoryview(self._buffer)[:count])
         else:
             data = memoryview(self._buffer)[:count]
         pump = self.pump
-        pump.reading = True
+        # What a small read causes is written at once; after a large one, with what the other
+        # reads of this turn cause: fewer and larger writes.
+        pump.reading = small
         try:
             self.conn.receive(data, time.monotonic())
         except Exception:  # a fault of ours costs this connection, no other
             log.exception("a read could not be handled")
             self.conn.terminate(ErrorCode.INTERNAL_ERROR, "internal error")
-        pump.flush()
+        if small:
+            pump.flush()
         if self.conn.closed:
             self._finish()
 

@@ -380,8 +380,8 @@ def test_connection_window_overrun_within_one_read() -> None:
     """The connection's window is given back a read at a time; one read may not exceed it."""
     link = server()
     window = link.conn.recv_window
-    opened = b"".join(headers(1 + 2 * i) for i in range(40))
-    filled = b"".join(data(1 + 2 * i, bytes(16_384)) * 4 for i in range(40))
+    opened = b"".join(headers(1 + 2 * i) for i in range(70))
+    filled = b"".join(data(1 + 2 * i, bytes(16_384)) * 4 for i in range(70))
     assert len(filled) > window
     link.receive(opened + filled)
     assert sent(link.conn)[-1].code == FLOW and link.conn.closed
