@@ -40,6 +40,10 @@ class Sink(Protocol):
     def fail(self, error: MeshError, *, trailers: Metadata = ()) -> None: ...
 
 
+class TwoModels(InvalidArgument):
+    """A later field of the message names another model than the one it was brought here by."""
+
+
 class GrpcForm:
     """``fallback_name`` is the reply's ``model_name`` when the body has none. ``routed_name`` is
     the name in the body that the copy was found by, "" when a header named it."""
@@ -53,11 +57,14 @@ class GrpcForm:
     def decode(self, codec: InferCodec, message: bytes) -> InferCall:
         call = codec.decode(message)
         if self.routed_name and call.head.model_name != self.routed_name:
-            raise InvalidArgument(
-                f"the message holds model_name more than once: {self.routed_name!r} and then "
-                f"{call.head.model_name!r}"
-            )
+            raise two_models(self.routed_name, call.head.model_name)
         return call
 
     def encode(self, codec: InferCodec, call: InferCall, tensors: Sequence[Tensor]) -> Encoded:
         return codec.encode(call, tensors, call.head.model_name or self.fallback_name), ()
+
+
+def two_models(routed_name: str, last_name: str) -> TwoModels:
+    return TwoModels(
+        f"the request names two models: {routed_name!r} and then {last_name!r}; set model_name once"
+    )

@@ -12,7 +12,7 @@ from typing import Final
 
 from mesh.core.errors import InvalidArgument, MeshError, Unavailable
 from mesh.instance.executor import Executor
-from mesh.instance.forms import GrpcForm
+from mesh.instance.forms import GrpcForm, TwoModels
 from mesh.instance.rest import RestForm
 from mesh.instance.servable import Servable
 from mesh.oip.protobuf_fields import varint
@@ -23,6 +23,9 @@ from protos import oip_pb2
 
 NOT_HERE: Final = (("mesh-error", "not-here"),)
 DRAINING: Final = (("mesh-error", "draining"),)
+
+# The router's last field, when it routed by a name before it had seen the whole message.
+PEEKED_NAME: Final = b"mesh-peeked-name"
 
 # Forms are shared by equal requests; names come from clients, so there is a bound.
 _MAX_FORMS: Final = 4_096
@@ -56,7 +59,10 @@ class Inference:
             call.fail(error, trailers=trailers)
             return
         name = head.vmodel_id or head.model_id
-        form = self._forms.get((name, "")) or self._form(name, "")
+        if head.fields[-1][0] == PEEKED_NAME:
+            form = self._form(name, peeked_name(head))
+        else:
+            form = self._forms.get((name, "")) or self._form(name, "")
         self._executor.submit(servable, form, call, message, "ModelInfer")
 
     def _infer_by_body(self, call: ServerCall, message: bytes) -> None:
@@ -96,7 +102,7 @@ class Inference:
         """One answer for each message, in order. What is wrong with one message is told in its
         answer; the stream goes on. It belongs to its first message's model."""
         head = call.head
-        first_name: str | None = None
+        first_name = peeked_name(head) or None
         async for message in call:
             name = model_name_of(message)
             if first_name is None:
@@ -113,7 +119,7 @@ class Inference:
                 call.fail(error, trailers=trailers)
                 return
             fallback = head.vmodel_id or model_id
-            form = self._form(fallback, "" if head.model_id else first_name)
+            form = self._form(fallback, name)  # its decoder sees a second name in the message
             sink = _StreamSink(call.deadline_s)
             call.on_cancel = sink.cancel
             self._executor.submit(servable, form, sink, message, "ModelStreamInfer")
@@ -135,7 +141,11 @@ class _StreamSink:
             self.answer.set_result(b"\x12" + varint(len(message)) + message)
 
     def fail(self, error: MeshError, *, trailers: Metadata = ()) -> None:
-        if not self.answer.done():
+        if self.answer.done():
+            return
+        if isinstance(error, TwoModels):  # it may belong elsewhere: the whole stream ends
+            self.answer.set_exception(error)
+        else:
             response = oip_pb2.ModelStreamInferResponse(error_message=error.message)
             self.answer.set_result(response.SerializeToString())
 
@@ -150,6 +160,12 @@ def not_here(model_id: str) -> tuple[MeshError, Metadata]:
 
 def draining() -> tuple[MeshError, Metadata]:
     return Unavailable("this instance is draining; retry elsewhere"), DRAINING
+
+
+def peeked_name(head: RequestHead) -> str:
+    """The name by which a router routed without having seen the whole first message, else ""."""
+    name, value = head.fields[-1]
+    return value.decode("utf-8", "replace") if name == PEEKED_NAME else ""
 
 
 def model_name_of(message: bytes) -> str:

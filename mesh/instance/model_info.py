@@ -8,7 +8,8 @@ from typing import Any, Final, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from mesh.core.errors import InvalidArgument, MeshError, NotFound
-from mesh.instance.inference import NOT_HERE, not_here
+from mesh.instance.forms import two_models
+from mesh.instance.inference import NOT_HERE, not_here, peeked_name
 from mesh.instance.servable import Servable
 from mesh.oip.call import versions_of
 from mesh.runtimes.api import TensorSpec
@@ -102,6 +103,9 @@ class ModelInfo:
 
     def _find(self, call: ServerCall, name: str, version: str) -> tuple[Servable, str]:
         """The copy, and the name that the client used for it."""
+        routed_name = peeked_name(call.head)
+        if routed_name and routed_name != name:
+            raise two_models(routed_name, name)
         model_id = call.head.model_id or name
         servable = self._servables.get(model_id)
         if servable is None:

@@ -129,7 +129,40 @@ async def test_a_second_model_name_in_the_body_is_refused(tmp_path: Path) -> Non
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await client.infer(twice)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert "more than once" in caught.value.details()
+        assert "two models" in caught.value.details()
+
+
+PEEKED = {"mm_model_id": "m", "mesh_peeked_name": "alias"}
+SECOND_NAME = oip_pb2.ModelInferRequest(model_name="n").SerializeToString()
+
+
+async def test_a_second_name_that_the_router_did_not_see_is_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path, "m", "n") as (_, client):
+        assert (await client.infer(request("alias"), **PEEKED)).model_name == "alias"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await client.infer(request("alias") + SECOND_NAME, **PEEKED)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "'alias' and then 'n'" in caught.value.details()
+        # The router saw the whole message: protobuf's last name was the one it routed by.
+        assert (await client.infer(request("x") + SECOND_NAME, mm_model_id="n")).model_name == "n"
+
+
+async def test_a_second_name_in_a_metadata_request_is_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path, "m") as (_, client):
+        for name, code in (("alias", None), ("n", grpc.StatusCode.INVALID_ARGUMENT)):
+            asked = client.ask(
+                "ModelMetadata",
+                oip_pb2.ModelMetadataRequest(name=name),
+                oip_pb2.ModelMetadataResponse,
+                **PEEKED,
+            )
+            if code is None:
+                assert (await asked).name == name
+                continue
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await asked
+            assert caught.value.code() is code
+            assert "two models" in caught.value.details()
 
 
 async def test_a_quick_model_runs_in_the_event_loop_and_a_new_one_in_a_thread(
@@ -282,6 +315,17 @@ async def test_a_stream_belongs_to_one_model(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stream_of(client, [request("m"), request("n")])
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        for messages, metadata in (
+            ([request("alias"), request("n")], {"mm_model_id": "m"}),
+            ([request("alias") + SECOND_NAME], PEEKED),
+            ([request("n")], PEEKED),
+            ([request("alias"), request("alias") + SECOND_NAME], {"mm_model_id": "m"}),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stream_of(client, messages, **metadata)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        replies = await stream_of(client, [request("alias"), request("alias")], **PEEKED)
+        assert [r.infer_response.model_name for r in replies] == ["alias", "alias"]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stream_of(client, [request("gone")])
         assert trailer(caught.value) == "not-here"

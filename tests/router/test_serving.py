@@ -48,6 +48,19 @@ async def test_the_model_by_header_wins_over_the_body(tmp_path: Path) -> None:
         assert answer == [2.0]
 
 
+async def test_a_name_behind_what_the_router_looked_at_is_refused(tmp_path: Path) -> None:
+    async with mesh(tmp_path) as rig:
+        await rig.register("m")
+        large = infer_request("m", *([1.0] * 100_000)).SerializeToString()
+        ask = rig.channels[0].unary_unary(OIP + "ModelInfer")
+        assert oip.ModelInferResponse.FromString(await ask(large, timeout=10)).model_name == "m"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            second = oip.ModelInferRequest(model_name="n").SerializeToString()
+            await ask(large + second, timeout=10)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "'m' and then 'n'" in caught.value.details()
+
+
 async def test_an_unknown_model_is_not_found_and_named(tmp_path: Path) -> None:
     async with mesh(tmp_path) as rig:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
