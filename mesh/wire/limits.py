@@ -20,8 +20,8 @@ class Limits:
     # What a peer may have under way on a stream that nobody has accepted, or that nobody reads.
     stream_window_bytes: int = 64 * 1024
     # The same once its bytes flow; a connection's streams share the bound on what that adds.
-    wide_window_bytes: int = 1024 * 1024
-    max_wide_bytes_per_connection: int = 8 * 1024 * 1024
+    wide_window_bytes: int = 512 * 1024
+    max_wide_bytes_per_connection: int = 4 * 1024 * 1024
     connection_window_bytes: int = 4 * 1024 * 1024
     accepted_window_bytes: int = 1024 * 1024  # a stream's window once its model is accepted
     resets_per_10s: int = 200

@@ -31,6 +31,8 @@ _SMALL_READ_BYTES: Final = 16 * 1024
 _BUFFERS_MAX: Final = 16
 _WRITE_HIGH_BYTES: Final = 64 * 1024
 _JOIN_BYTES: Final = 64 * 1024
+# A read that comes sooner after the last one was in the same batch of ready connections.
+_LONE_READ_S: Final = 20e-6
 _TICK_S: Final = 0.05
 _SLOW_TICKS: Final = 20  # time-outs of seconds are looked at once a second
 _LAST_WORDS_S: Final = 5.0  # a peer that has not read our last words by then is cut off
@@ -51,6 +53,7 @@ class Pump:
         # Told at every tick what all peers together have not let us send yet, in bytes.
         self.on_tick: Callable[[int], None] | None = None
         self.counting_bytes = 0
+        self.read_ended_s = 0.0
 
     def mark(self, link: Link) -> None:
         self.dirty.append(link)
@@ -183,16 +186,19 @@ class Link(asyncio.BufferedProtocol):
         else:
             data = memoryview(self._buffer)[:count]
         pump = self.pump
-        # What a small read causes is written at once; after a large one, with what the other
-        # reads of this turn cause: fewer and larger writes.
-        pump.reading = small
+        # What a lone small read causes is written at once. When reads come one behind the other,
+        # or are large, it is written once a turn of the loop: fewer and larger writes.
+        now_s = time.monotonic()
+        at_once = small and now_s - pump.read_ended_s > _LONE_READ_S
+        pump.reading = at_once
         try:
-            self.conn.receive(data, time.monotonic())
+            self.conn.receive(data, now_s)
         except Exception:  # a fault of ours costs this connection, no other
             log.exception("a read could not be handled")
             self.conn.terminate(ErrorCode.INTERNAL_ERROR, "internal error")
-        if small:
+        if at_once:
             pump.flush()
+        pump.read_ended_s = time.monotonic()
         if self.conn.closed:
             self._finish()
 
