@@ -197,9 +197,15 @@ class Loader:
         self._release(job)
 
     def _release(self, job: LoadJob) -> None:
-        if job.artifact is not None:
-            self._source.release(job.artifact)
-            job.artifact = None
+        """Never raises: what ended the load is still to be reported, and somebody waits for it."""
+        artifact, job.artifact = job.artifact, None
+        if artifact is None:
+            return
+        try:
+            self._source.release(artifact)
+        except Exception:
+            # It stays in use for the source, which so keeps it on disk: space, not correctness.
+            log.exception("the artifact of model %r was not released", job.record.model_id)
 
     # ---- unload ----
 

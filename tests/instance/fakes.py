@@ -41,6 +41,7 @@ class FakeSource:
         self.held: dict[str, int] = {}
         self.gates: dict[str, asyncio.Event] = {}
         self.faults: dict[str, list[Exception]] = {}
+        self.release_faults: dict[str, list[Exception]] = {}
         self.cancelled: list[str] = []
 
     async def fetch(
@@ -64,7 +65,10 @@ class FakeSource:
         return Artifact(Path("/nowhere") / name, 1, f"fake://{name}", cached=False)
 
     def release(self, artifact: Artifact) -> None:
-        self.held[artifact.path.name] -= 1
+        name = artifact.path.name
+        if self.release_faults.get(name):
+            raise self.release_faults[name].pop(0)
+        self.held[name] -= 1
 
     async def close(self) -> None:
         for gate in self.gates.values():

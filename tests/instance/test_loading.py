@@ -7,6 +7,8 @@ import errno
 import threading
 from pathlib import Path
 
+import pytest
+
 from mesh import registry
 from mesh.core.cache_check import validate
 from mesh.core.errors import Code, LoadFailed
@@ -311,3 +313,19 @@ async def test_a_proactive_load_evicts_nothing_and_an_awaited_one_does(
         assert rig.copy("c") is None
         assert (await rig.load("c")).outcome is LoadOutcome.LOADED
         assert rig.runtime.unloaded == ["a"]
+
+
+@pytest.mark.parametrize("loads", [True, False])
+async def test_an_artifact_that_cannot_be_released_keeps_no_waiter(
+    tmp_path: Path, loads: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as rig:
+        rig.register("m")
+        rig.source.release_faults["m"] = [OSError("unlink failed")]
+        if not loads:
+            rig.runtime.load_faults["m"] = [ValueError("bad magic")]
+        answer = await rig.load("m")
+        assert answer.outcome is (LoadOutcome.LOADED if loads else LoadOutcome.FAILED)
+        assert ("m" in rig.pod.servables) is loads
+        assert rig.pod.loader.jobs == {}
+        assert "was not released" in caplog.text
