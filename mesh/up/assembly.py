@@ -5,8 +5,6 @@ Touches the data directory and probes ports; starts nothing. What is in the way 
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,21 +105,12 @@ def _owner(settings: UpSettings, at: int) -> str:
 
 def _etcd_binary(data_dir: DataDir, state: dict[str, Any]) -> EtcdBinary:
     try:
-        found = find_etcd(which=which_outside)
+        found = find_etcd()
     except MeshError as error:
         raise UpRefused(f"{error.message}; or name one that runs already with --etcd") from error
     known = state.get("etcd_version")
     has_data = data_dir.etcd.is_dir() and isinstance(known, list) and len(known) == 2
     return etcd_for_data(found, (int(known[0]), int(known[1])) if has_data and known else None)
-
-
-def which_outside(name: str) -> str | None:
-    """As ``shutil.which``, but not in this Python's own bin folder: there lies the packaged etcd,
-    and with an activated environment it would hide a better one."""
-    own = {Path(sys.prefix) / "bin", Path(sys.executable).parent}
-    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    outside = [folder for folder in folders if folder and Path(folder) not in own]
-    return shutil.which(name, path=os.pathsep.join(outside))
 
 
 def _addresses(settings: UpSettings, ports: Ports) -> Addresses:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from mesh.store.etcd_binary import (
     find_etcd,
     parse_version,
     version_of,
+    which_outside,
 )
 
 ON_PATH = Path("/usr/bin/etcd")
@@ -83,3 +86,20 @@ def test_a_binary_that_fails_has_no_version(tmp_path: Path) -> None:
     script.write_text("#!/bin/sh\necho etcd Version: 3.9.9\n")
     script.chmod(0o755)
     assert version_of(script) == (3, 9, 9)
+
+
+def test_the_etcd_of_this_environment_does_not_hide_the_one_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment, system = tmp_path / "venv" / "bin", tmp_path / "usr" / "bin"
+    for folder, version in ((environment, "3.5.1"), (system, "3.4.23")):
+        folder.mkdir(parents=True)
+        (folder / "etcd").write_text(f"#!/bin/sh\necho etcd Version: {version}\n")
+        (folder / "etcd").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{environment}:{system}")
+    assert shutil.which("etcd") == str(environment / "etcd")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    assert find_etcd().path == system / "etcd"
+    # Outside an environment Python's folder is where the system's etcd lies, too.
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert which_outside("etcd") == str(environment / "etcd")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 
 from mesh.store.etcd_binary import EtcdBinary, caution_of
-from mesh.up.assembly import assemble, choose_ports, which_outside
+from mesh.up.assembly import assemble, choose_ports
 from mesh.up.child import LINE_MAX_BYTES, RotatingLog, describe_exit
 from mesh.up.etcd_server import etcd_for_data
 from mesh.up.layout import DataDir, UpRefused, free_port, locked, read_state
@@ -97,19 +96,6 @@ def test_a_named_etcd_is_used_and_none_is_started(tmp_path: Path) -> None:
     assert assembly.etcd is None
     assert [c.name for c in assembly.commands] == ["router-1", "instance-1", "instance-2"]
     assert "10.0.0.1:2379" in assembly.commands[0].argv
-
-
-def test_the_etcd_of_this_environment_does_not_hide_the_one_of_the_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = Path(sys.executable).parent
-    for folder in ("first", "second"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "etcd").touch(mode=0o755)
-    monkeypatch.setenv("PATH", f"{own}:{tmp_path / 'first'}:{tmp_path / 'second'}")
-    assert which_outside("etcd") == str(tmp_path / "first" / "etcd")
-    monkeypatch.setenv("PATH", str(own))
-    assert which_outside("python") is None
 
 
 def binary(*version: int) -> EtcdBinary:
