@@ -2,7 +2,8 @@
 
 Level-triggered: ``LeaderLoop`` looks at the view when something in it has changed and now and then
 without that, asks the pure core (``mesh.core.transitions``, ``mesh.core.repair``) what to do, and
-does it. Nothing is remembered between two looks but the loads under way. Every write compares, so
+does it. Nothing is remembered between two looks but the loads under way and, so that a minimum of
+copies need not wait for the next sweep, which models had changed. Every write compares, so
 that two routers that both believe to lead for a moment do no harm.
 
 A step that fails (store away, instance gone) is logged and left to the next look.
@@ -14,11 +15,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from itertools import islice
 from typing import Final, assert_never
 
 from mesh.core.errors import MeshError
 from mesh.core.policy import Policy
-from mesh.core.repair import RepairPlan, plan_repair
+from mesh.core.repair import LoadOrder, RepairPlan, missing_copies, plan_repair
 from mesh.core.transitions import (
     LoadTarget,
     MarkFailed,
@@ -38,8 +40,8 @@ _GATHER_S: Final = 0.05
 
 
 class LeaderLoop:
-    """Run ``run()`` as a task; ``wake()`` at each change of the view. ``is_leader`` is asked before
-    each act, ``now_ms`` is the wall clock's reading."""
+    """Run ``run()`` as a task; ``wake(touched)`` at each change of the view with the models that it
+    touched. ``is_leader`` is asked before each act, ``now_ms`` is the wall clock's reading."""
 
     def __init__(
         self,
@@ -59,8 +61,15 @@ class LeaderLoop:
         self._now_ms = now_ms
         self._woken = asyncio.Event()
         self._swept_at_s = -1e9
+        self.sweeps_total = 0
+        # Models below whose minimum a change may have left; what is too much is the sweep's.
+        self._touched: set[str] = set()
+        self._filled = 0  # loads that ``fill`` began since the last sweep
 
-    def wake(self) -> None:
+    def wake(self, touched: frozenset[str] | None = None) -> None:
+        """``touched``: None when the view was read anew as a whole, which the sweep sees to."""
+        if touched and self._is_leader() and len(self._touched) < self._policy.repair_batch_max:
+            self._touched |= touched & self._view.models_with_minimum()
         self._woken.set()
 
     async def run(self) -> None:
@@ -75,9 +84,12 @@ class LeaderLoop:
             self._woken.clear()
             try:
                 await self.move_aliases()
-                if loop.time() - self._swept_at_s >= sweep_s:
+                if self._is_leader() and loop.time() - self._swept_at_s >= sweep_s:
                     self._swept_at_s = loop.time()
+                    self._filled = 0
                     await self.repair()
+                    self.sweeps_total += 1
+                self.fill()
             except MeshError as error:
                 log.warning("leader: %s", error.message)
             except Exception:
@@ -119,6 +131,27 @@ class LeaderLoop:
             case _:
                 assert_never(action)
 
+    def fill(self) -> None:
+        """Begin the loads that the touched models lack: one a model and look, because the first
+        one's claim is news that a second one has to know of. No more between two sweeps than a
+        sweep may begin, so that a copy that is refused again and again keeps nobody busy."""
+        left = set(islice(self._touched, self._policy.repair_batch_max))
+        self._touched.clear()
+        if not self._is_leader():
+            return
+        now_ms = self._now_ms()
+        while left and self._filled < self._policy.repair_loads_max:
+            orders, _ = missing_copies(self._view, now_ms=now_ms, policy=self._policy, among=left)
+            if not orders:
+                return
+            for order in orders[: self._policy.repair_loads_max - self._filled]:
+                self._filled += 1
+                self._begin(order)
+            left -= {order.model_id for order in orders}
+
+    def _begin(self, order: LoadOrder) -> None:
+        self._loads.ask_soon(order.model_id, order.placement, proactive=order.proactive)
+
     async def repair(self) -> RepairPlan | None:
         """One sweep; what it decided, None when this router does not lead."""
         if not self._is_leader():
@@ -126,7 +159,7 @@ class LeaderLoop:
         now_ms = self._now_ms()
         plan = plan_repair(self._view, now_ms=now_ms, policy=self._policy)
         for order in plan.loads:
-            self._loads.ask_soon(order.model_id, order.placement, proactive=order.proactive)
+            self._begin(order)
         for model_id, instance_id in plan.unload:
             self._loads.unload_soon(model_id, (instance_id,))
         for model_id in plan.delete_models:

@@ -291,7 +291,7 @@ class Router:
 
     def _stepped(self, touched: frozenset[str] | None) -> None:
         """The view has changed; ``touched`` is None when it was read anew as a whole."""
-        self.leader.wake()
+        self.leader.wake(touched)
         if touched is None and self.readiness.synced:
             gc.collect()
             self._freeze()

@@ -9,6 +9,7 @@ carried out by compare-and-swap.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -89,17 +90,19 @@ def _orphans(view: ClusterView, now_ms: int, policy: Policy) -> Iterable[str]:
 
 
 def missing_copies(
-    view: ClusterView, *, now_ms: int, policy: Policy
+    view: ClusterView, *, now_ms: int, policy: Policy, among: AbstractSet[str] | None = None
 ) -> tuple[tuple[LoadOrder, ...], tuple[Shortfall, ...]]:
     """Loads for models below their minimum, pinned ones first, as they alone may evict.
 
     One load a model and one an instance: the view does not count these loads yet. The shell adds
-    them as pending and asks again, up to ``Policy.repair_loads_max`` in one sweep.
+    them as pending and asks again, up to ``Policy.repair_loads_max`` in one sweep. ``among``: look
+    at these models only.
     """
     loads: list[LoadOrder] = []
     shortfalls: list[Shortfall] = []
+    wanting = view.models_with_minimum()
     models = sorted(
-        (view.models[m] for m in view.models_with_minimum()),
+        (view.models[m] for m in (wanting if among is None else wanting & among)),
         key=lambda m: (not m.pinned, m.model_id),
     )
     taken: set[str] = set()

@@ -18,6 +18,7 @@ nothing here walks all models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -431,7 +432,7 @@ class ClusterView:
         """Ids of ``auto_delete`` models that no alias names."""
         return self._unaliased
 
-    def models_with_minimum(self) -> Iterable[str]:
+    def models_with_minimum(self) -> AbstractSet[str]:
         """Ids of models that are pinned or want two or more copies."""
         return self._wanting
 

@@ -129,6 +129,14 @@ def test_asking_again_after_each_round_fills_all_and_never_over_capacity() -> No
         assert slot.effective_used_bytes == 50
 
 
+def test_a_look_at_some_models_passes_over_the_others() -> None:
+    view = view_of(
+        model("a", pinned=True), model("b", pinned=True), model("c"), instance("i"), instance("j")
+    )
+    loads, _ = missing_copies(view, now_ms=NOW, policy=POLICY, among={"b", "c", "gone"})
+    assert [order.model_id for order in loads] == ["b"]
+
+
 def test_every_list_is_bounded() -> None:
     policy = replace(POLICY, repair_batch_max=3, repair_loads_max=2)
     view = view_of(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 from mesh import registry
 from mesh.core.errors import LoadFailed
 from tests.instance.fakes import until
-from tests.router.mesh_rig import MeshRig, mesh
+from tests.router.mesh_rig import POLICY, MeshRig, mesh
+
+SWEEPS_ONCE = replace(POLICY, leader_sweep_ms=3_600_000)
 
 
 def active(rig: MeshRig, name: str) -> str:
@@ -87,6 +90,31 @@ async def test_a_minimum_of_copies_is_kept(tmp_path: Path) -> None:
     async with mesh(tmp_path, pods=2) as rig:
         applied = await rig.apply("iris", "fake://1", minReplicas=2)
         await until(lambda: len(rig.holders(applied.model_id)) == 2)
+
+
+async def test_minimum_copies_do_not_wait_for_the_next_sweep(tmp_path: Path) -> None:
+    async with mesh(tmp_path, pods=3, policy=SWEEPS_ONCE) as rig:
+        await until(lambda: rig.routers[0].leader.sweeps_total)
+        applied = await rig.apply("iris", "fake://1", minReplicas=3)
+        await until(lambda: len(rig.holders(applied.model_id)) == 3)
+        await rig.register("kept", pinned=True)
+        await until(lambda: rig.holders("kept"))
+        assert rig.routers[0].leader.sweeps_total == 1
+
+
+async def test_what_changes_cause_between_two_sweeps_has_a_bound(tmp_path: Path) -> None:
+    policy = replace(SWEEPS_ONCE, repair_loads_max=1)
+    async with mesh(tmp_path, policy=policy) as rig:
+        leader = rig.routers[0].leader
+        await until(lambda: leader.sweeps_total)
+        await rig.register("first", pinned=True)
+        await until(lambda: rig.holders("first"))
+        await rig.register("second", pinned=True)
+        leader.wake(frozenset({"second"}))
+        leader.fill()
+        assert rig.routers[0].view.pending_of("second") == ()
+        await leader.repair()  # a sweep sees to what is left
+        await until(lambda: rig.holders("second"))
 
 
 async def test_the_leader_is_replaced(tmp_path: Path) -> None:
