@@ -53,7 +53,9 @@ class ViewConsumer(Protocol):
     def put_model(self, record: ModelRecord) -> None: ...
     def delete_model(self, model_id: str) -> None: ...
     def replace_models(self, records: Iterable[ModelRecord]) -> None: ...
-    def put_last_used(self, last_used_at_ms: Mapping[str, int]) -> None: ...
+    def put_last_used(self, instance_id: str, last_used_at_ms: Mapping[str, int]) -> None: ...
+    def delete_last_used(self, instance_id: str) -> None: ...
+    def replace_last_used(self, blobs: Mapping[str, Mapping[str, int]]) -> None: ...
 
     def put_vmodel(self, record: VModelRecord) -> None: ...
     def delete_vmodel(self, name: str) -> None: ...
@@ -83,7 +85,7 @@ class _Decoded:
         self.instances: list[InstanceRecord] = []
         self.copies: list[CopyRecord] = []
         self.failures: list[FailureRecord] = []
-        self.last_used: list[dict[str, int]] = []
+        self.last_used: dict[str, dict[str, int]] = {}
 
     def add(self, key: Key, value: bytes) -> None:
         match key.family:
@@ -98,7 +100,7 @@ class _Decoded:
             case Family.FAILURE:
                 self.failures.append(decode_failure(key.name, key.instance_id, value))
             case Family.LAST_USED:
-                self.last_used.append(decode_last_used(key.name, value))
+                self.last_used[key.name] = decode_last_used(key.name, value)
             case Family.LEADER:
                 return
 
@@ -161,8 +163,7 @@ class ViewSync:
         consumer.replace_instances(decoded.instances)
         consumer.replace_copies(decoded.copies, snapshot.revision)
         consumer.replace_failures(decoded.failures)
-        for blob in decoded.last_used:
-            consumer.put_last_used(blob)
+        consumer.replace_last_used(decoded.last_used)
         self.snapshots_total += 1
 
     def _take_changes(self, changes: Changes) -> frozenset[str]:
@@ -201,7 +202,7 @@ class ViewSync:
             case Family.FAILURE:
                 consumer.put_failure(decode_failure(key.name, key.instance_id, value))
             case Family.LAST_USED:
-                consumer.put_last_used(decode_last_used(key.name, value))
+                consumer.put_last_used(key.name, decode_last_used(key.name, value))
             case Family.LEADER:
                 pass
         return ()
@@ -219,7 +220,9 @@ class ViewSync:
                 consumer.delete_copy(key.name, key.instance_id, mod_revision)
             case Family.FAILURE:
                 consumer.delete_failure(key.name, key.instance_id)
-            case Family.LAST_USED | Family.LEADER:
+            case Family.LAST_USED:
+                consumer.delete_last_used(key.name)
+            case Family.LEADER:
                 pass
 
     def _skip(self, error: RecordError) -> None:

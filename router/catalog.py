@@ -280,6 +280,15 @@ class Catalog:
         done = await self._store.txn(conditions, operations)
         return len(operations) if done.succeeded else 0
 
+    async def delete_last_used(self, instance_ids: Collection[str]) -> None:
+        """Delete the blobs of instances that are still gone in the store itself."""
+        gone = [i for i in instance_ids if await self._store.get(registry.instance_key(i)) is None]
+        conditions = [KeyAbsent(registry.instance_key(i)) for i in gone]
+        operations = [Delete(registry.last_used_key(i)) for i in gone]
+        if gone and (await self._store.txn(conditions, operations)).succeeded:
+            for instance_id in gone:
+                self._view.delete_last_used(instance_id)
+
 
 def _removal(model_id: str) -> list[Operation]:
     """A model with what is remembered about it. Its copies are their instances'."""

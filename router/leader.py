@@ -167,6 +167,8 @@ class LeaderLoop:
                 log.info("model %s deleted: no alias names it", model_id)
         if plan.delete_failures and self._is_leader():
             await self._catalog.delete_failures(plan.delete_failures, now_ms)
+        if plan.delete_last_used and self._is_leader():
+            await self._catalog.delete_last_used(plan.delete_last_used)
         for short in plan.shortfalls:
             log.debug("model %s lacks %d copies: %s", short.model_id, short.missing, short.detail)
         return plan

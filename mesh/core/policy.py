@@ -53,6 +53,9 @@ class Policy:
     advert_max_interval_ms: int = 40_000
     # Last-use instants go to the store in one blob an instance at this period.
     last_used_flush_ms: int = 240_000
+    # The blob of an instance that is gone is kept while it tells of a use within this time: a model
+    # that rests for longer is as good as unused, and a mesh that restarts daily keeps few blobs.
+    last_used_keep_ms: int = 86_400_000
     # What one sweep of the leader deletes or unloads at most: one transaction of the store.
     repair_batch_max: int = 100
     # Loads that one sweep of the leader starts at most: it must not fill every load slot.

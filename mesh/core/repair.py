@@ -43,11 +43,13 @@ class Shortfall:
 
 @dataclass(frozen=True, slots=True)
 class RepairPlan:
-    """``delete_failures`` and ``unload`` hold (model id, instance id)."""
+    """``delete_failures`` and ``unload`` hold (model id, instance id), ``delete_last_used`` the
+    ids of instances that are gone."""
 
     delete_failures: tuple[tuple[str, str], ...] = ()
     unload: tuple[tuple[str, str], ...] = ()
     delete_models: tuple[str, ...] = ()
+    delete_last_used: tuple[str, ...] = ()
     loads: tuple[LoadOrder, ...] = ()
     shortfalls: tuple[Shortfall, ...] = ()
     reason: str = "swept"  # or not_synced
@@ -77,6 +79,14 @@ def plan_repair(view: ClusterView, *, now_ms: int, policy: Policy) -> RepairPlan
             ),
         ),
         delete_models=_first(bound, _orphans(view, now_ms, policy)),
+        delete_last_used=_first(
+            bound,
+            (
+                instance_id
+                for instance_id, newest_at_ms in view.flushed_by_the_gone()
+                if now_ms - newest_at_ms >= policy.last_used_keep_ms
+            ),
+        ),
         loads=loads,
         shortfalls=shortfalls,
     )

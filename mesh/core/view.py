@@ -76,6 +76,7 @@ class ClusterView:
         self._pending_on: dict[str, tuple[str, ...]] = {}  # model id -> instances asked, sorted
         self._marks: dict[tuple[str, str], int] = {}  # locally known LOADED -> claim's revision
         self._last_used: dict[str, int] = {}
+        self._flushed: dict[str, int] = {}  # instance with a blob -> the latest use in it
         self._seen: set[str] = set()
 
     # ---- models ---------------------------------------------------------------------------
@@ -105,11 +106,25 @@ class ClusterView:
         for record in fresh.values():
             self.put_model(record)
 
-    def put_last_used(self, last_used_at_ms: Mapping[str, int]) -> None:
+    def put_last_used(self, instance_id: str, last_used_at_ms: Mapping[str, int]) -> None:
         """Merge one instance's flushed blob; the latest instant wins."""
+        self._flushed[instance_id] = max(last_used_at_ms.values(), default=0)
         for model_id, at_ms in last_used_at_ms.items():
             if model_id in self.models and at_ms > self._last_used.get(model_id, 0):
                 self._last_used[model_id] = at_ms
+
+    def delete_last_used(self, instance_id: str) -> None:
+        """The blob is gone; what it told is kept."""
+        self._flushed.pop(instance_id, None)
+
+    def replace_last_used(self, blobs: Mapping[str, Mapping[str, int]]) -> None:
+        self._flushed.clear()
+        for instance_id, blob in blobs.items():
+            self.put_last_used(instance_id, blob)
+
+    def flushed_by_the_gone(self) -> Iterator[tuple[str, int]]:
+        """(instance that is not there, the latest use in the blob that it left behind)."""
+        return (item for item in self._flushed.items() if item[0] not in self.instances)
 
     def last_used_at_ms(self, model_id: str) -> int:
         """The latest use that the store told of; 0 when never."""

@@ -129,6 +129,26 @@ def test_asking_again_after_each_round_fills_all_and_never_over_capacity() -> No
         assert slot.effective_used_bytes == 50
 
 
+def test_blobs_of_last_uses_go_when_they_and_their_instances_are_past() -> None:
+    view = view_of(model(), instance("here"))
+    policy = replace(POLICY, last_used_keep_ms=100)
+    past = NOW - 100
+    for instance_id, blob in (
+        ("here", {"m": past}),
+        ("gone", {"m": past, "n": past - 1}),
+        ("empty", {}),
+        ("lately", {"m": past - 1, "n": past + 1}),
+    ):
+        view.put_last_used(instance_id, blob)
+    plan = plan_repair(view, now_ms=NOW, policy=policy)
+    assert sorted(plan.delete_last_used) == ["empty", "gone"]
+    view.delete_last_used("gone")
+    view.delete_instance("here")
+    plan = plan_repair(view, now_ms=NOW, policy=policy)
+    assert sorted(plan.delete_last_used) == ["empty", "here"]
+    assert view.last_used_at_ms("m") == past  # what they told is kept
+
+
 def test_a_look_at_some_models_passes_over_the_others() -> None:
     view = view_of(
         model("a", pinned=True), model("b", pinned=True), model("c"), instance("i"), instance("j")

@@ -230,7 +230,7 @@ def test_an_auto_delete_model_is_unaliased_until_an_alias_names_it() -> None:
 
 def test_last_use_is_the_latest_that_any_blob_or_record_told() -> None:
     view = view_of(model("a", last_used_at_ms=50), model("b"))
-    view.put_last_used({"a": 40, "b": 30, "gone": 99})
-    view.put_last_used({"b": 20})
+    view.put_last_used("i", {"a": 40, "b": 30, "gone": 99})
+    view.put_last_used("j", {"b": 20})
     assert (view.last_used_at_ms("a"), view.last_used_at_ms("b")) == (50, 30)
     assert view.last_used_at_ms("gone") == 0

@@ -111,11 +111,15 @@ async def test_changes_follow_and_name_their_models() -> None:
         result = await now.store.txn([], [Delete(key_of(record)) for record in doomed])
         await now.until(result.revision)
         assert now.view.last_used_at_ms("m") == 9
+        assert list(now.view.flushed_by_the_gone()) == [("i", 9)]
         assert now.view.vmodels == {} and now.view.instances == {}
         assert now.view.copies_of("m") == () and now.view.failures_of("m", 0) == ()
         await now.store.delete(key_of(MODEL))
         await now.until(result.revision + 1)
         assert now.view.models == {}
+        await now.store.delete("lastused/i")
+        await now.until(result.revision + 2)
+        assert list(now.view.flushed_by_the_gone()) == []
 
 
 async def test_a_lease_that_runs_out_takes_the_copies_from_the_view() -> None:

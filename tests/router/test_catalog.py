@@ -207,3 +207,14 @@ async def test_only_failures_that_are_over_are_deleted(desk: Desk) -> None:
     assert await desk.catalog.delete_failures(pairs, NOW_MS) == 1
     assert desk.stored(registry.key_of(over)) is None
     assert desk.stored(registry.key_of(anew)).message == "again"
+
+
+async def test_the_last_uses_of_an_instance_that_is_back_are_kept(desk: Desk) -> None:
+    for name in ("gone", "back"):
+        await desk.store.put(registry.last_used_key(name), registry.encode_last_used({"m": 1}))
+        desk.view.put_last_used(name, {"m": 1})
+    await desk.store.put(registry.instance_key("back"), b"{}")
+    await desk.catalog.delete_last_used(["gone", "back"])
+    assert await desk.store.get(registry.last_used_key("gone")) is None
+    assert await desk.store.get(registry.last_used_key("back")) is not None
+    assert [name for name, _ in desk.view.flushed_by_the_gone()] == ["back"]
