@@ -30,7 +30,7 @@ from mesh.wire.server import AsyncUnary
 from protos import mesh_admin_pb2 as pb
 from protos import mesh_internal_pb2 as internal
 from router.catalog import Catalog
-from router.described import concrete_model, model_row
+from router.described import concrete_model, last_used_told, model_row
 from router.dispatch import Dispatcher
 from router.loads import Loads
 from router.oip import Oip
@@ -159,6 +159,9 @@ class Admin:
         details, unreachable = await self._ask_instances({active_id, target_id})
         now_ms = self.now_ms()
 
+        def last_used(model_id: str) -> int:
+            return max(self._last_used(model_id), last_used_told(details, model_id))
+
         def concrete(model_id: str) -> views.ConcreteModel | None:
             model = self.view.models.get(model_id)
             if model is None:
@@ -168,12 +171,12 @@ class Admin:
                 model,
                 now_ms,
                 details=details,
-                last_used=self._last_used,
+                last_used=last_used,
                 inflight_on=self.dispatcher.inflight_on,
             )
 
         described = views.ModelDescription(
-            row=model_row(self.view, name, now_ms, self._last_used),
+            row=model_row(self.view, name, now_ms, last_used),
             active=concrete(active_id),
             target=concrete(target_id) if target_id != active_id else None,
             manifest=orjson.loads(alias.manifest) if alias is not None and alias.manifest else None,

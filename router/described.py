@@ -13,7 +13,8 @@ from mesh.core.status import model_status, name_status
 from mesh.core.types import CopyState, ModelRecord
 from mesh.core.view import ClusterView
 
-# When the answering router last had an answer of a model; 0 when it does not know.
+# The latest use of a model that the answering router, or whom it asked, knows of beyond what the
+# store tells; 0 when they do not know.
 LastUsed = Callable[[str], int]
 
 
@@ -109,3 +110,14 @@ def concrete_model(
         copies=copies,
         failures=failures,
     )
+
+
+def last_used_told(details: Mapping[tuple[str, str], dict[str, Any]], model_id: str) -> int:
+    """The latest use that instances with a copy tell of; 0 for none. A copy that has answered
+    nothing yet carries the instant of its load, which is no use."""
+    told = (
+        d.get("last_used_at_ms")
+        for (m, _), d in details.items()
+        if m == model_id and d.get("requests")
+    )
+    return max((at_ms for at_ms in told if isinstance(at_ms, int)), default=0)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import Final, TypeVar
 
@@ -63,6 +63,24 @@ class CopyRoute:
 
     def __repr__(self) -> str:
         return f"CopyRoute({self.model_id} on {self.instance_id}, inflight={self.inflight})"
+
+
+class ModelRoutes:
+    """The copies of a model that calls were sent to, and when one that is gone last answered."""
+
+    __slots__ = ("copies", "past_used_s")
+
+    def __init__(self) -> None:
+        self.copies: tuple[CopyRoute, ...] = ()
+        self.past_used_s = 0.0
+
+    def keep(self, copies: tuple[CopyRoute, ...]) -> None:
+        """Let go of the others, but for when they were used."""
+        self.past_used_s = self.used_s()
+        self.copies = copies
+
+    def used_s(self) -> float:
+        return max(self.past_used_s, *(copy.used_s for copy in self.copies), 0.0)
 
 
 class RouteEntry:
@@ -157,11 +175,12 @@ class Dispatcher:
         self._policy = policy
         self._draw = draw
         self._routes: dict[str, RouteEntry] = {}
-        self._copies: dict[tuple[str, str], CopyRoute] = {}
+        self._models: dict[str, ModelRoutes] = {}
+        self._copy_count = 0  # in all of them
         self._suspects: set[str] = set()  # instances
         self._suspicions = 0  # grows when ``_suspects`` changes
         self._unpruned_names: list[str] = []
-        self._unpruned_copies: list[tuple[str, str]] = []
+        self._unpruned_models: list[str] = []
         self._hits = 0  # moved into the metrics when they are read, not by every request
         self._inflight = 0
 
@@ -241,17 +260,19 @@ class Dispatcher:
         return self._inflight
 
     def inflight_on(self, model_id: str, instance_id: str) -> int:
-        copy = self._copies.get((model_id, instance_id))
-        return 0 if copy is None else copy.inflight
+        routes = self._models.get(model_id)
+        copies = routes.copies if routes is not None else ()
+        return next((copy.inflight for copy in copies if copy.instance_id == instance_id), 0)
 
     def last_used_s(self, model_id: str) -> float:
-        """When this router last had an answer of a copy that is still there; 0.0: not known."""
-        known = (self._copies.get((model_id, i)) for i in self._view.loaded_on(model_id))
-        return max((copy.used_s for copy in known if copy is not None), default=0.0)
+        """When this router last had an answer of the model, also of a copy that is gone; 0.0: not
+        known."""
+        routes = self._models.get(model_id)
+        return routes.used_s() if routes is not None else 0.0
 
     def table_size(self) -> tuple[int, int]:
         """(names, copies) in the hot table."""
-        return len(self._routes), len(self._copies)
+        return len(self._routes), self._copy_count
 
     def publish_counters(self) -> None:
         """Move what the hit path counted into the metrics; called before they are rendered."""
@@ -259,7 +280,8 @@ class Dispatcher:
         self._hits = 0
 
     def prune(self) -> None:
-        """Look at the next ``PRUNE_SLICE`` names and copies and forget those that are gone.
+        """Look at the next ``PRUNE_SLICE`` names and models and forget those that are gone, and
+        copies that are.
 
         The table would otherwise only grow. In slices, because a walk over a hundred thousand
         names is a pause of tens of milliseconds. A copy that comes back is counted anew.
@@ -267,8 +289,8 @@ class Dispatcher:
         view = self._view
         if not self._unpruned_names:
             self._unpruned_names = list(self._routes)
-        if not self._unpruned_copies:
-            self._unpruned_copies = list(self._copies)
+        if not self._unpruned_models:
+            self._unpruned_models = list(self._models)
         for name in _take(self._unpruned_names, PRUNE_SLICE):
             entry = self._routes.get(name)
             if entry is None:
@@ -278,10 +300,17 @@ class Dispatcher:
             elif entry.loaded_on != view.loaded_on(entry.model_id):
                 # Nobody asks for it any more, or the next request would see to it.
                 entry.epoch, entry.copies, entry.loaded_on = -1, (), ()
-        for key in _take(self._unpruned_copies, PRUNE_SLICE):
-            copy = self._copies.get(key)
-            if copy is not None and not copy.inflight and key[1] not in view.loaded_on(key[0]):
-                del self._copies[key]
+        for model_id in _take(self._unpruned_models, PRUNE_SLICE):
+            routes = self._models.get(model_id)
+            if routes is None:
+                continue
+            loaded_on = view.loaded_on(model_id)
+            left = tuple(c for c in routes.copies if c.inflight or c.instance_id in loaded_on)
+            if len(left) < len(routes.copies):
+                self._copy_count += len(left) - len(routes.copies)
+                routes.keep(left)
+            if not left and model_id not in view.models:
+                del self._models[model_id]
 
     # ---- the table --------------------------------------------------------------------------
 
@@ -301,17 +330,26 @@ class Dispatcher:
             entry.loaded_on = loaded_on
             entry.generation = generation
             trusted = [i for i in loaded_on if i not in self._suspects] or loaded_on
-            entry.copies = tuple(self._copy(resolved.model_id, i) for i in trusted)
+            entry.copies = self._copies(resolved.model_id, trusted)
         entry.epoch = view.routes_epoch
         return entry
 
-    def _copy(self, model_id: str, instance_id: str) -> CopyRoute:
+    def _copies(self, model_id: str, instance_ids: Iterable[str]) -> tuple[CopyRoute, ...]:
         """Shared by all names of a model, so that in-flight counts are the copy's."""
-        upstream = self._peers.upstream(instance_id)
-        copy = self._copies.get((model_id, instance_id))
-        if copy is None or copy.upstream is not upstream:
-            copy = self._copies[model_id, instance_id] = CopyRoute(model_id, instance_id, upstream)
-        return copy
+        routes = self._models.get(model_id)
+        if routes is None:
+            routes = self._models[model_id] = ModelRoutes()
+        known = {copy.instance_id: copy for copy in routes.copies}
+        wanted: list[CopyRoute] = []
+        for instance_id in instance_ids:
+            upstream = self._peers.upstream(instance_id)
+            copy = known.get(instance_id)
+            if copy is None or copy.upstream is not upstream:
+                copy = known[instance_id] = CopyRoute(model_id, instance_id, upstream)
+            wanted.append(copy)
+        self._copy_count += len(known) - len(routes.copies)
+        routes.keep(tuple(known.values()))
+        return tuple(wanted)
 
     def _suspect(self, instance_id: str) -> None:
         """Pass an instance over for a moment."""

@@ -170,6 +170,22 @@ async def test_describe_asks_the_instances(tmp_path: Path) -> None:
         assert not told.unreachable
 
 
+async def test_a_use_shows_before_instances_flush_it(tmp_path: Path) -> None:
+    async with mesh(tmp_path, routers=2) as rig:
+        applied = await rig.apply("iris", "fake://1")
+        await rig.infer("iris", 1.0)
+        # The other router asks the instance.
+        reply = await rig.call(
+            ADMIN + "Describe", pb.DescribeRequest(name="iris"), pb.DescribeResponse, router=1
+        )
+        told = decode(ModelDescription, reply.json)
+        assert told.row.last_used_at_ms == told.active.last_used_at_ms > 0
+        # An evicted model was used all the same.
+        await rig.routers[0].loads.unload(applied.model_id, rig.pods[0].instance.instance_id)
+        row = (await list_models(rig))["iris"]
+        assert (row.copies_loaded, row.last_used_at_ms > 0) == (0, True)
+
+
 async def test_describe_names_an_instance_that_does_not_answer(tmp_path: Path) -> None:
     async with mesh(tmp_path) as rig:
         await rig.apply("iris", "fake://1")

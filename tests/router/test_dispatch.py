@@ -130,6 +130,33 @@ def test_prune_forgets_names_and_copies_that_are_gone(world) -> None:
     assert world.call("m2").forwards == ["a:1"]
 
 
+def test_when_a_model_was_last_used_is_known_after_its_copy_has_gone(world) -> None:
+    world.instance("a")
+    world.model("m")
+    world.copy("m", "a")
+    assert world.dispatcher.last_used_s("m") == 0.0
+    world.call("m").finish()
+    used_s = world.dispatcher.last_used_s("m")
+    assert used_s > 0
+    world.view.delete_copy("m", "a")
+    assert world.dispatcher.last_used_s("m") == used_s
+    world.dispatcher.prune()
+    assert world.dispatcher.last_used_s("m") == used_s
+    assert world.dispatcher.table_size() == (1, 0)
+    world.copy("m", "a")  # a new copy, not used yet
+    call = world.call("m")
+    assert world.dispatcher.last_used_s("m") == used_s
+    assert world.dispatcher.inflight_on("m", "a") == 1
+    assert world.dispatcher.table_size() == (1, 1)
+    # Only a model that is gone is forgotten.
+    call.finish()
+    world.view.delete_copy("m", "a")
+    world.view.delete_model("m")
+    world.dispatcher.prune()
+    assert world.dispatcher.last_used_s("m") == 0.0
+    assert world.dispatcher.table_size() == (0, 0)
+
+
 # ---- failed attempts ---------------------------------------------------------------------------
 
 

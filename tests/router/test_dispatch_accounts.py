@@ -64,7 +64,7 @@ async def test_every_call_ends_once_and_leaves_nothing_behind(world, seed: int) 
     assert len(ended) == len(calls)
     assert world.dispatcher.inflight == 0
     assert world.loads.waiting == 0
-    on_copies = [copy.inflight for copy in world.dispatcher._copies.values()]
+    on_copies = [c.inflight for m in world.dispatcher._models.values() for c in m.copies]
     assert not any(on_copies)
     assert not any(slot.pending for slot in world.view.instances.values())
 
