@@ -8,14 +8,35 @@ setting become a usage error (exit 2), which `mesh up` takes as "a restart canno
 from __future__ import annotations
 
 import os
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from mesh.cli.exits import CommandError, Exit
-from mesh.cli.quantities import parse_duration_ms, parse_size
+from mesh.cli.server_options import (
+    AllowPickleOption,
+    CacheSizeOption,
+    CapacityOption,
+    EtcdOption,
+    FailureExpiryOption,
+    FileRootOption,
+    LogLevel,
+    LogLevelOption,
+    MessageSizeOption,
+    MetricsHostOption,
+    MetricsPortOption,
+    NamespaceOption,
+    PerModelMetricsOption,
+    PrefixOption,
+    StorageConfigOption,
+    TlsCertOption,
+    TlsClientCaOption,
+    TlsKeyOption,
+    duration_ms,
+    size_bytes,
+    variable,
+)
 from mesh.core.errors import MeshError
 
 if TYPE_CHECKING:
@@ -23,27 +44,6 @@ if TYPE_CHECKING:
 
 COMMANDS: Final = ("up", "router", "instance")
 DEFAULT_ETCD: Final = "127.0.0.1:2379"
-
-
-class LogLevel(str, Enum):  # noqa: UP042 - typer shows the values of a str enum
-    debug = "debug"
-    info = "info"
-    warning = "warning"
-    error = "error"
-
-
-def size_bytes(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def duration_ms(text: str) -> int:
-    try:
-        return parse_duration_ms(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def endpoints(texts: list[str]) -> tuple[str, ...]:
@@ -58,116 +58,6 @@ def endpoints(texts: list[str]) -> tuple[str, ...]:
             raise CommandError(f"--etcd {text}: write HOST:PORT[,HOST:PORT...]", Exit.USAGE)
         found.append(endpoint)
     return tuple(found)
-
-
-def _env(name: str) -> str:
-    return f"MESH_{name}"
-
-
-EtcdOption = Annotated[
-    list[str] | None,
-    typer.Option("--etcd", envvar=_env("ETCD"), metavar="HOST:PORT,...", help="etcd's endpoints."),
-]
-PrefixOption = Annotated[
-    str, typer.Option(envvar=_env("PREFIX"), help="First part of every key in etcd.")
-]
-NamespaceOption = Annotated[
-    str, typer.Option(envvar=_env("NAMESPACE"), help="Second part: one mesh each.")
-]
-MetricsHostOption = Annotated[
-    str, typer.Option(envvar=_env("METRICS_HOST"), help="Where /metrics and /readyz listen.")
-]
-MetricsPortOption = Annotated[
-    int, typer.Option(min=0, max=65_535, envvar=_env("METRICS_PORT"), help="0: any free port.")
-]
-LogLevelOption = Annotated[LogLevel, typer.Option(envvar=_env("LOG_LEVEL"))]
-TlsCertOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--tls-cert", envvar=_env("SERVER_TLS_CERT"), metavar="FILE", help="Listen with TLS."
-    ),
-]
-TlsKeyOption = Annotated[
-    Path | None, typer.Option("--tls-key", envvar=_env("SERVER_TLS_KEY"), metavar="FILE")
-]
-TlsClientCaOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--tls-client-ca",
-        envvar=_env("SERVER_TLS_CLIENT_CA"),
-        metavar="FILE",
-        help="Only clients with a certificate of these authorities.",
-    ),
-]
-CapacityOption = Annotated[
-    Any,
-    typer.Option(
-        parser=size_bytes, metavar="SIZE", envvar=_env("CAPACITY"), help="Memory for models."
-    ),
-]
-FileRootOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--file-root",
-        metavar="DIR",
-        help="file:// URIs are allowed below this folder; repeatable.",
-    ),
-]
-AllowPickleOption = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle",
-        envvar=_env("ALLOW_PICKLE"),
-        help="Load joblib and pickle files. They can run any code: only from who you trust.",
-    ),
-]
-StorageConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--storage-config",
-        envvar=_env("STORAGE_CONFIG"),
-        metavar="DIR",
-        help="KServe's storage-config: a folder with one JSON file a storage key.",
-    ),
-]
-CacheSizeOption = Annotated[
-    Any,
-    typer.Option(
-        parser=size_bytes,
-        metavar="SIZE",
-        envvar=_env("CACHE_SIZE"),
-        help="Disk for fetched artifacts.",
-    ),
-]
-PerModelMetricsOption = Annotated[
-    bool,
-    typer.Option(
-        "--per-model-metrics",
-        envvar=_env("PER_MODEL_METRICS"),
-        help="A label with the model's name on the metrics: costs memory with many models.",
-    ),
-]
-MessageSizeOption = Annotated[
-    Any,
-    typer.Option(
-        "--max-message-size",
-        parser=size_bytes,
-        metavar="SIZE",
-        envvar=_env("MAX_MESSAGE_SIZE"),
-        help="The largest request or reply.",
-    ),
-]
-FailureExpiryOption = Annotated[
-    Any,
-    typer.Option(
-        "--failure-expiry",
-        parser=duration_ms,
-        metavar="DURATION",
-        envvar=_env("FAILURE_EXPIRY"),
-        help="A model that failed to load is tried again after so long; after 30s at most where "
-        "the store or the disk was at fault.",
-    ),
-]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -283,9 +173,9 @@ def up(
 
 def router(
     etcd: EtcdOption = None,
-    host: Annotated[str, typer.Option(envvar=_env("HOST"))] = "127.0.0.1",
-    grpc_port: Annotated[int, typer.Option(min=0, max=65_535, envvar=_env("GRPC_PORT"))] = 8033,
-    rest_port: Annotated[int, typer.Option(min=0, max=65_535, envvar=_env("REST_PORT"))] = 8008,
+    host: Annotated[str, typer.Option(envvar=variable("HOST"))] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(min=0, max=65_535, envvar=variable("GRPC_PORT"))] = 8033,
+    rest_port: Annotated[int, typer.Option(min=0, max=65_535, envvar=variable("REST_PORT"))] = 8008,
     metrics_host: MetricsHostOption = "127.0.0.1",
     metrics_port: MetricsPortOption = 2112,
     prefix: PrefixOption = "mesh",
@@ -297,7 +187,7 @@ def router(
     max_message_size: MessageSizeOption = "16MiB",
     per_model_metrics: PerModelMetricsOption = False,
     name: Annotated[
-        str, typer.Option(envvar=_env("ROUTER_NAME"), help="Start of the router's id.")
+        str, typer.Option(envvar=variable("ROUTER_NAME"), help="Start of the router's id.")
     ] = "router",
     log_level: LogLevelOption = LogLevel.info,
 ) -> None:
@@ -344,15 +234,18 @@ def router(
 def instance(
     etcd: EtcdOption = None,
     host: Annotated[
-        str, typer.Option(envvar=_env("INSTANCE_HOST"), help="Where routers reach it.")
+        str, typer.Option(envvar=variable("INSTANCE_HOST"), help="Where routers reach it.")
     ] = "127.0.0.1",
     grpc_port: Annotated[
-        int, typer.Option(min=0, max=65_535, envvar=_env("INSTANCE_PORT"), help="0: any free port.")
+        int,
+        typer.Option(min=0, max=65_535, envvar=variable("INSTANCE_PORT"), help="0: any free port."),
     ] = 0,
     advertise: Annotated[
         str,
         typer.Option(
-            envvar=_env("ADVERTISE"), metavar="HOST", help="What routers connect to, if not --host."
+            envvar=variable("ADVERTISE"),
+            metavar="HOST",
+            help="What routers connect to, if not --host.",
         ),
     ] = "",
     metrics_host: MetricsHostOption = "127.0.0.1",
@@ -361,9 +254,9 @@ def instance(
     prefix: PrefixOption = "mesh",
     namespace: NamespaceOption = "default",
     name: Annotated[
-        str, typer.Option(envvar=_env("INSTANCE_NAME"), help="Start of the instance's id.")
+        str, typer.Option(envvar=variable("INSTANCE_NAME"), help="Start of the instance's id.")
     ] = "instance",
-    zone: Annotated[str, typer.Option(envvar=_env("ZONE"))] = "",
+    zone: Annotated[str, typer.Option(envvar=variable("ZONE"))] = "",
     label: Annotated[
         list[str] | None, typer.Option("--label", metavar="LABEL", help="Repeatable.")
     ] = None,
@@ -371,7 +264,8 @@ def instance(
     allow_pickle: AllowPickleOption = False,
     storage_config: StorageConfigOption = None,
     cache_dir: Annotated[
-        Path, typer.Option(envvar=_env("CACHE_DIR"), metavar="DIR", help="For fetched artifacts.")
+        Path,
+        typer.Option(envvar=variable("CACHE_DIR"), metavar="DIR", help="For fetched artifacts."),
     ] = Path(".mesh/cache/instance"),
     cache_size: CacheSizeOption = "20GiB",
     load_timeout: Annotated[
@@ -379,15 +273,15 @@ def instance(
         typer.Option(
             parser=duration_ms,
             metavar="DURATION",
-            envvar=_env("LOAD_TIMEOUT"),
+            envvar=variable("LOAD_TIMEOUT"),
             help="A load that takes longer has failed.",
         ),
     ] = "3m",
     load_slots: Annotated[
-        int, typer.Option(min=1, max=64, envvar=_env("LOAD_SLOTS"), help="Loads at once.")
+        int, typer.Option(min=1, max=64, envvar=variable("LOAD_SLOTS"), help="Loads at once.")
     ] = 2,
     threads: Annotated[
-        int, typer.Option(min=1, max=1024, envvar=_env("THREADS"), help="Inferences at once.")
+        int, typer.Option(min=1, max=1024, envvar=variable("THREADS"), help="Inferences at once.")
     ] = 4,
     failure_expiry: FailureExpiryOption = "15m",
     max_message_size: MessageSizeOption = "16MiB",
@@ -477,7 +371,7 @@ def check_folders(file_roots: list[Path] | None, storage_config: Path | None) ->
 
 def environment_roots() -> list[Path]:
     """MESH_FILE_ROOTS, folders separated by ``:`` as in PATH."""
-    text = os.environ.get(_env("FILE_ROOTS"), "")
+    text = os.environ.get(variable("FILE_ROOTS"), "")
     return [Path(part) for part in text.split(os.pathsep) if part]
 
 

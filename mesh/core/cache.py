@@ -419,7 +419,7 @@ class Cache:
         if not queued:
             return
         busy = sum(copy.state in HOLDS_SLOT for copy in self._active.values())
-        queued.sort(key=_queue_order)
+        queued.sort(key=Copy.queue_order)
         for copy in queued:
             if busy >= self.config.load_slots:
                 return
@@ -474,15 +474,6 @@ class Cache:
         pinned = sum(copy.size_bytes for copy in self._pinned.values() if copy.state is LOADED)
         stuck = sum(copy.size_bytes for copy in self._active.values() if copy.load_running)
         return self.config.capacity_bytes - pinned - stuck
-
-
-def _queue_order(copy: Copy) -> tuple[bool, int, int]:
-    """Awaited first, in the order of arrival; then proactive, most recently used first."""
-    return (
-        copy.proactive,
-        -copy.use.last_used_at_ms if copy.proactive else 0,
-        copy.sequence,
-    )
 
 
 Action = Callable[[Cache, Copy, CopyEvent | None, int], None]

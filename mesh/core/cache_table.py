@@ -185,6 +185,14 @@ class Copy:
         self.reason: Reason | None = None  # why it is leaving
         self.use = Use(event.last_used_at_ms)
 
+    def queue_order(self) -> tuple[bool, int, int]:
+        """Awaited first, in the order of arrival; then proactive, most recently used first."""
+        return (
+            self.proactive,
+            -self.use.last_used_at_ms if self.proactive else 0,
+            self.sequence,
+        )
+
     def awaits_first_use(self, now_ms: int, grace_ms: int) -> bool:
         """Loaded just now for requests that are on their way to it."""
         unused = self.use.last_used_at_ms <= self.loaded_at_ms
