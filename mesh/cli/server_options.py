@@ -1,7 +1,7 @@
 """The options that more than one server command has: one flag, one variable, one help text.
 
-Every flag of the two servers has a variable MESH_<FLAG>, which `variable` names. It decides nothing;
-a value that cannot be read is a usage error.
+Every flag of the two servers has a variable MESH_<FLAG>, which `variable` names. It decides
+nothing; a value that cannot be read is a usage error.
 """
 
 from __future__ import annotations
