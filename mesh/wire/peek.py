@@ -39,7 +39,8 @@ def peek_model_name(data: bytes, encoding: bytes, limit: int, *, ended: bool) ->
             raise InvalidArgument("the request ended before its message did")
         return _MORE
     length = int.from_bytes(data[1:5], "big")
-    check_size(length, limit)
+    if length > limit:
+        check_size(length, limit)
     whole = len(data) >= PREFIX_BYTES + length
     if data[0] == 0:
         name = _scan(data, PREFIX_BYTES, PREFIX_BYTES + length)

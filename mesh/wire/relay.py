@@ -199,7 +199,7 @@ class RelayCall(Stream):
                 data = data if type(data) is bytes else bytes(data)
                 held.append(data)
                 self._held_bytes += size
-                if len(held) >= _HELD_PIECES_MAX:
+                if not end and len(held) >= _HELD_PIECES_MAX:
                     held[:] = [b"".join(held)]
             elif self._up is None:  # nowhere to send it: the client's window is what stops it
                 self.fail(messages_too_much(self._relay.held_bytes_max))
@@ -346,7 +346,11 @@ class RelayCall(Stream):
         conn = upstream.current
         if conn is not None and conn.can_open:
             self._start(conn, upstream, model_id_field)
-            return
+        else:
+            self._await_connection(upstream, model_id_field)
+
+    def _await_connection(self, upstream: Upstream, model_id_field: bytes) -> None:
+        """No connection can take a stream now: one is made, or its failure tells."""
 
         def on_ready(ready: Outbound | None, _reason: str) -> None:
             if self._finished:
@@ -452,7 +456,8 @@ class RelayCall(Stream):
         if self._finished:
             return
         self._finished = True
-        self._drop_held()
+        if self._held is not None:
+            self._drop_held()
         if self._routed:
             self._relay.dispatcher.done(self, code, self.conn.now_s)
 
