@@ -55,7 +55,7 @@ lint: $(VENV)/.dev-installed ## ruff, formatting, mypy --strict, the import cont
 check: lint test ## lint and test: what CI runs
 
 .PHONY: bench
-bench: $(VENV)/.dev-installed ## the benchmarks, a table each and JSON in bench/results
+bench: $(VENV)/.bench-installed ## the benchmarks, a table each and JSON in bench/results/local
 	@$(BIN)/python -m bench
 
 .PHONY: clean
@@ -93,6 +93,12 @@ $(VENV)/.run-installed: pyproject.toml | $(BIN)/python
 $(VENV)/.dev-installed: $(VENV)/.run-installed
 	@echo "installing what tests and lint need ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[up,sklearn,samples,dev]'
+	@touch $@
+
+# HAProxy and h2load come from the system: apt-get install haproxy nghttp2-client
+$(VENV)/.bench-installed: $(VENV)/.dev-installed
+	@echo "installing what the benchmarks compare with ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[up,sklearn,samples,dev,bench]'
 	@touch $@
 
 $(CLIENTS)/.installed: | $(BIN)/python
