@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 
-from tests.e2e.asking import LABELS, Asker, flowers, isvc, raw_request
+from tests.e2e.asking import LABELS, Asker, eventually, flowers, isvc, raw_request
 from tests.e2e.conftest import AWS
 from tests.e2e.models import heavy
 from tests.e2e.processes import serving
@@ -73,6 +73,7 @@ def test_a_full_disk(
     ):
         instance.ready()
         router.ready()
+        eventually(lambda: bool(ask.rows("instances")), "the instance in the router's view")
         ask.apply(isvc("large", f"s3://{bucket}/models/large"))
         code, message = ask.refused(raw_request("large", x=np.ones((1, 4), np.float32)))
         assert code is grpc.StatusCode.UNAVAILABLE, message

@@ -75,7 +75,10 @@ class LiveMesh:
         pid = self.process.pid
         found: dict[str, int] = {}
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            argv = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+            try:
+                argv = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has just ended
             if Path(argv[0]).name == "etcd":
                 found["etcd"] = int(child)
             elif "--name" in argv:
