@@ -196,11 +196,18 @@ def _instance_state(value: Any) -> InstanceState:
     return InstanceState(value)
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"expected a number, found {type(value).__name__}")
+    return float(value)
+
+
 _Reader = Callable[[Any], Any]
 _READER_BY_ANNOTATION: Final[dict[str, _Reader]] = {
     "str": _text,
     "int": _integer,
     "int | None": _integer_or_none,
+    "float": _number,
     "bool": _flag,
     "tuple[str, ...]": _texts,
     "Mapping[str, str]": _text_map,

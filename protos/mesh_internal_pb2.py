@@ -24,27 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotos/mesh_internal.proto\x12\x10mesh.internal.v1\"]\n\x0bLoadRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x17\n\x0flast_used_at_ms\x18\x03 \x01(\x03\x12\x11\n\tproactive\x18\x04 \x01(\x08\"\x87\x02\n\x0cLoadResponse\x12\x37\n\x07outcome\x18\x01 \x01(\x0e\x32&.mesh.internal.v1.LoadResponse.Outcome\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x1b\n\x13\x63laimed_instance_id\x18\x04 \x01(\t\x12\x15\n\rcopy_revision\x18\x05 \x01(\x03\x12\x12\n\nsize_bytes\x18\x06 \x01(\x03\"W\n\x07Outcome\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\n\n\x06LOADED\x10\x01\x12\x15\n\x11\x43LAIMED_ELSEWHERE\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03\x12\x0c\n\x08REJECTED\x10\x04\"!\n\rUnloadRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"\"\n\x0eUnloadResponse\x12\x10\n\x08was_here\x18\x01 \x01(\x08\"#\n\x0f\x44\x65scribeRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\" \n\x10\x44\x65scribeResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xf1\x01\n\x08Instance\x12\x45\n\x04Load\x12\x1d.mesh.internal.v1.LoadRequest\x1a\x1e.mesh.internal.v1.LoadResponse\x12K\n\x06Unload\x12\x1f.mesh.internal.v1.UnloadRequest\x1a .mesh.internal.v1.UnloadResponse\x12Q\n\x08\x44\x65scribe\x12!.mesh.internal.v1.DescribeRequest\x1a\".mesh.internal.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotos/mesh_internal.proto\x12\x10mesh.internal.v1\"\x82\x02\n\x0bLoadRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x17\n\x0flast_used_at_ms\x18\x03 \x01(\x03\x12\x38\n\x08priority\x18\x05 \x01(\x0e\x32&.mesh.internal.v1.LoadRequest.Priority\x12\x14\n\x0cmodel_record\x18\x06 \x01(\x0c\x12\x0b\n\x03pin\x18\x07 \x01(\x08\x12\x11\n\tuse_score\x18\x08 \x01(\x01\x12\x0e\n\x06reason\x18\t \x01(\t\"0\n\x08Priority\x12\x0b\n\x07\x41WAITED\x10\x00\x12\x08\n\x04\x43OPY\x10\x01\x12\r\n\tPROACTIVE\x10\x02J\x04\x08\x04\x10\x05\"\x87\x02\n\x0cLoadResponse\x12\x37\n\x07outcome\x18\x01 \x01(\x0e\x32&.mesh.internal.v1.LoadResponse.Outcome\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x1b\n\x13\x63laimed_instance_id\x18\x04 \x01(\t\x12\x15\n\rcopy_revision\x18\x05 \x01(\x03\x12\x12\n\nsize_bytes\x18\x06 \x01(\x03\"W\n\x07Outcome\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\n\n\x06LOADED\x10\x01\x12\x15\n\x11\x43LAIMED_ELSEWHERE\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03\x12\x0c\n\x08REJECTED\x10\x04\"1\n\rUnloadRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\"\n\x0eUnloadResponse\x12\x10\n\x08was_here\x18\x01 \x01(\x08\"#\n\x0f\x44\x65scribeRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\" \n\x10\x44\x65scribeResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"3\n\x10\x44\x65\x63isionsRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\"!\n\x11\x44\x65\x63isionsResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xc7\x02\n\x08Instance\x12\x45\n\x04Load\x12\x1d.mesh.internal.v1.LoadRequest\x1a\x1e.mesh.internal.v1.LoadResponse\x12K\n\x06Unload\x12\x1f.mesh.internal.v1.UnloadRequest\x1a .mesh.internal.v1.UnloadResponse\x12Q\n\x08\x44\x65scribe\x12!.mesh.internal.v1.DescribeRequest\x1a\".mesh.internal.v1.DescribeResponse\x12T\n\tDecisions\x12\".mesh.internal.v1.DecisionsRequest\x1a#.mesh.internal.v1.DecisionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.mesh_internal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOADREQUEST']._serialized_start=48
-  _globals['_LOADREQUEST']._serialized_end=141
-  _globals['_LOADRESPONSE']._serialized_start=144
-  _globals['_LOADRESPONSE']._serialized_end=407
-  _globals['_LOADRESPONSE_OUTCOME']._serialized_start=320
-  _globals['_LOADRESPONSE_OUTCOME']._serialized_end=407
-  _globals['_UNLOADREQUEST']._serialized_start=409
-  _globals['_UNLOADREQUEST']._serialized_end=442
-  _globals['_UNLOADRESPONSE']._serialized_start=444
-  _globals['_UNLOADRESPONSE']._serialized_end=478
-  _globals['_DESCRIBEREQUEST']._serialized_start=480
-  _globals['_DESCRIBEREQUEST']._serialized_end=515
-  _globals['_DESCRIBERESPONSE']._serialized_start=517
-  _globals['_DESCRIBERESPONSE']._serialized_end=549
-  _globals['_INSTANCE']._serialized_start=552
-  _globals['_INSTANCE']._serialized_end=793
+  _globals['_LOADREQUEST']._serialized_start=49
+  _globals['_LOADREQUEST']._serialized_end=307
+  _globals['_LOADREQUEST_PRIORITY']._serialized_start=253
+  _globals['_LOADREQUEST_PRIORITY']._serialized_end=301
+  _globals['_LOADRESPONSE']._serialized_start=310
+  _globals['_LOADRESPONSE']._serialized_end=573
+  _globals['_LOADRESPONSE_OUTCOME']._serialized_start=486
+  _globals['_LOADRESPONSE_OUTCOME']._serialized_end=573
+  _globals['_UNLOADREQUEST']._serialized_start=575
+  _globals['_UNLOADREQUEST']._serialized_end=624
+  _globals['_UNLOADRESPONSE']._serialized_start=626
+  _globals['_UNLOADRESPONSE']._serialized_end=660
+  _globals['_DESCRIBEREQUEST']._serialized_start=662
+  _globals['_DESCRIBEREQUEST']._serialized_end=697
+  _globals['_DESCRIBERESPONSE']._serialized_start=699
+  _globals['_DESCRIBERESPONSE']._serialized_end=731
+  _globals['_DECISIONSREQUEST']._serialized_start=733
+  _globals['_DECISIONSREQUEST']._serialized_end=784
+  _globals['_DECISIONSRESPONSE']._serialized_start=786
+  _globals['_DECISIONSRESPONSE']._serialized_end=819
+  _globals['_INSTANCE']._serialized_start=822
+  _globals['_INSTANCE']._serialized_end=1149
 # @@protoc_insertion_point(module_scope)

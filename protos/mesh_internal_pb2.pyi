@@ -6,16 +6,32 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LoadRequest(_message.Message):
-    __slots__ = ("model_id", "revision", "last_used_at_ms", "proactive")
+    __slots__ = ("model_id", "revision", "last_used_at_ms", "priority", "model_record", "pin", "use_score", "reason")
+    class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        AWAITED: _ClassVar[LoadRequest.Priority]
+        COPY: _ClassVar[LoadRequest.Priority]
+        PROACTIVE: _ClassVar[LoadRequest.Priority]
+    AWAITED: LoadRequest.Priority
+    COPY: LoadRequest.Priority
+    PROACTIVE: LoadRequest.Priority
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     LAST_USED_AT_MS_FIELD_NUMBER: _ClassVar[int]
-    PROACTIVE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_RECORD_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    USE_SCORE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     revision: int
     last_used_at_ms: int
-    proactive: bool
-    def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[int] = ..., last_used_at_ms: _Optional[int] = ..., proactive: _Optional[bool] = ...) -> None: ...
+    priority: LoadRequest.Priority
+    model_record: bytes
+    pin: bool
+    use_score: float
+    reason: str
+    def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[int] = ..., last_used_at_ms: _Optional[int] = ..., priority: _Optional[_Union[LoadRequest.Priority, str]] = ..., model_record: _Optional[bytes] = ..., pin: _Optional[bool] = ..., use_score: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class LoadResponse(_message.Message):
     __slots__ = ("outcome", "message", "code", "claimed_instance_id", "copy_revision", "size_bytes")
@@ -46,10 +62,12 @@ class LoadResponse(_message.Message):
     def __init__(self, outcome: _Optional[_Union[LoadResponse.Outcome, str]] = ..., message: _Optional[str] = ..., code: _Optional[int] = ..., claimed_instance_id: _Optional[str] = ..., copy_revision: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class UnloadRequest(_message.Message):
-    __slots__ = ("model_id",)
+    __slots__ = ("model_id", "reason")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     model_id: str
-    def __init__(self, model_id: _Optional[str] = ...) -> None: ...
+    reason: str
+    def __init__(self, model_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class UnloadResponse(_message.Message):
     __slots__ = ("was_here",)
@@ -64,6 +82,20 @@ class DescribeRequest(_message.Message):
     def __init__(self, model_id: _Optional[str] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
+
+class DecisionsRequest(_message.Message):
+    __slots__ = ("model_id", "limit")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    limit: int
+    def __init__(self, model_id: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class DecisionsResponse(_message.Message):
     __slots__ = ("json",)
     JSON_FIELD_NUMBER: _ClassVar[int]
     json: str

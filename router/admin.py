@@ -24,6 +24,7 @@ from mesh.core.explain import explain
 from mesh.core.placement import Candidate, Placement, place
 from mesh.core.policy import Policy
 from mesh.core.slots import InstanceSlot
+from mesh.core.types import LoadPriority
 from mesh.core.view import ClusterView, Resolved
 from mesh.metrics import RouterMetrics
 from mesh.wire.server import AsyncUnary
@@ -106,7 +107,7 @@ class Admin:
             return
         placed = place(self.view, model, now_ms=self.now_ms(), policy=self.policy)
         if isinstance(placed, Placement) and not placed.full:
-            self.loads.ask_soon(model_id, placed, proactive=True)
+            self.loads.ask_soon(model_id, placed, priority=LoadPriority.PROACTIVE)
 
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         if not request.name:

@@ -150,7 +150,7 @@ class LeaderLoop:
             left -= {order.model_id for order in orders}
 
     def _begin(self, order: LoadOrder) -> None:
-        self._loads.ask_soon(order.model_id, order.placement, proactive=order.proactive)
+        self._loads.ask_soon(order.model_id, order.placement, priority=order.priority)
 
     async def repair(self) -> RepairPlan | None:
         """One sweep; what it decided, None when this router does not lead."""

@@ -21,6 +21,7 @@ from mesh.core import loads as core
 from mesh.core.errors import Code, Internal, MeshError, ResourceExhausted, Unavailable
 from mesh.core.placement import Placement
 from mesh.core.policy import Policy
+from mesh.core.types import LoadPriority
 from mesh.core.view import ClusterView
 from mesh.metrics import RouterMetrics
 from protos import mesh_internal_pb2 as internal
@@ -32,6 +33,11 @@ LOAD_PATH: Final = "/mesh.internal.v1.Instance/Load"
 UNLOAD_PATH: Final = "/mesh.internal.v1.Instance/Unload"
 # A queue that is full now has moved on when some load has ended.
 QUEUE_RETRY_MS: Final = 1_000
+_PRIORITY: Final = {
+    LoadPriority.AWAITED: internal.LoadRequest.AWAITED,
+    LoadPriority.COPY: internal.LoadRequest.COPY,
+    LoadPriority.PROACTIVE: internal.LoadRequest.PROACTIVE,
+}
 UNLOAD_TIMEOUT_S: Final = 10.0
 
 # Called once with the instance that has the copy, or with the error.
@@ -186,7 +192,7 @@ class Loads:
         *,
         size_bytes: int | None,
         last_used_at_ms: int = 0,
-        proactive: bool = False,
+        priority: LoadPriority = LoadPriority.AWAITED,
     ) -> core.Outcome:
         """One Load call. ``size_bytes`` is None for a load that somebody else has claimed already.
 
@@ -200,7 +206,7 @@ class Loads:
             model_id=model_id,
             revision=view.revision,
             last_used_at_ms=last_used_at_ms or now_ms,
-            proactive=proactive,
+            priority=_PRIORITY[priority],
         )
         timeout_ms = self._load_timeout_ms(model_id) + self._policy.queue_timeout_ms
         try:
@@ -255,7 +261,7 @@ class Loads:
             case _:
                 return core.Unreachable(instance_id, f"unknown outcome {answer.outcome}")
 
-    def ask_soon(self, model_id: str, placement: Placement, *, proactive: bool) -> None:
+    def ask_soon(self, model_id: str, placement: Placement, *, priority: LoadPriority) -> None:
         """``ask`` in the background, counted as pending from now on; the view tells the rest.
 
         For loads that nobody waits for: of a minimum of copies, or ahead of the first request.
@@ -273,7 +279,7 @@ class Loads:
                 placement.instance_id,
                 size_bytes=placement.size_bytes,
                 last_used_at_ms=self._view.last_used_at_ms(model_id),
-                proactive=proactive,
+                priority=priority,
             )
         )
 

@@ -38,13 +38,13 @@ from mesh.core.cache_events import (
     LoadEnded,
     LoadFinished,
     LoadWanted,
-    PinChanged,
     Publish,
     Reason,
     SizePredicted,
     StartFetch,
     StartLoad,
     StartUnload,
+    TermsChanged,
     Tick,
     UnloadWanted,
 )
@@ -68,7 +68,7 @@ from mesh.core.cache_table import (
     Trigger,
 )
 from mesh.core.errors import Code, LoadFailed, MeshError, NotFound
-from mesh.core.types import CopyState
+from mesh.core.types import CopyState, LoadPriority
 
 
 class Cache:
@@ -144,7 +144,7 @@ class Cache:
             self._step(copy, TRIGGER_OF[type(event)], event, now_ms)
         elif isinstance(event, LoadWanted):
             self._admit(event, now_ms)
-        elif not isinstance(event, UnloadWanted | PinChanged):
+        elif not isinstance(event, UnloadWanted | TermsChanged):
             raise IllegalTransition(f"{event} for a model that is not here")
 
     def _step(self, copy: Copy, trigger: Trigger, event: CopyEvent | None, now_ms: int) -> None:
@@ -189,8 +189,8 @@ class Cache:
         copy.use.last_used_at_ms = max(copy.use.last_used_at_ms, event.last_used_at_ms)
         if copy.state is LOADED:
             self._out.append(LoadEnded(copy.model_id, Reason.ALREADY_LOADED, copy.size_bytes))
-        elif copy.proactive and not event.proactive:
-            copy.proactive = False
+        elif copy.proactive and event.priority is not LoadPriority.PROACTIVE:
+            copy.priority = event.priority
             copy.deadline_at_ms = max(copy.deadline_at_ms, now_ms + event.timeout_ms)
 
     def _slot_granted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
@@ -326,8 +326,8 @@ class Cache:
             raise IllegalTransition(f"an unload of {copy} was not under way")
         self._leave(copy, REMOVED)
 
-    def _pin_changed(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
-        assert isinstance(event, PinChanged)
+    def _terms_changed(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        assert isinstance(event, TermsChanged)
         self._pin(copy, event.pinned)
 
     def _pin(self, copy: Copy, pinned: bool) -> None:
@@ -492,5 +492,5 @@ _ACTIONS: Final[Mapping[Trigger, Action]] = {
     T.DRAINED: Cache._drained,
     T.BECAME_IDLE: Cache._became_idle,
     T.UNLOAD_FINISHED: Cache._unload_finished,
-    T.PIN_CHANGED: Cache._pin_changed,
+    T.TERMS_CHANGED: Cache._terms_changed,
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mesh.core.errors import MeshError
-from mesh.core.types import CopyState
+from mesh.core.types import CopyState, LoadPriority
 
 
 class Reason(Enum):
@@ -41,17 +41,22 @@ class Reason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LoadWanted:
-    """Have a copy here. Asked again it joins: an awaited one upgrades a proactive one in place.
+    """Have a copy here. Asked again it joins, and a higher priority upgrades it in place.
 
     ``size_bytes`` is what the record knows (stated or measured before), 0 when nothing is known.
+    ``use_score`` is its past elsewhere (``mesh.core.usage``). ``kept`` copies, of a model with a
+    minimum, go after all others, within a share of the capacity. ``idle_unload_ms`` 0: never.
     """
 
     model_id: str
     size_bytes: int
     timeout_ms: int
     last_used_at_ms: int = 0
-    proactive: bool = False
+    priority: LoadPriority = LoadPriority.AWAITED
     pinned: bool = False
+    kept: bool = False
+    use_score: float = 0.0
+    idle_unload_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +69,12 @@ class SizePredicted:
 
 @dataclass(frozen=True, slots=True)
 class LoadFinished:
-    """The runtime holds the model; ``size_bytes`` is measured."""
+    """The runtime holds the model; ``size_bytes`` is measured. ``load_ms`` is what it took, fetch
+    included: what its next miss would cost."""
 
     model_id: str
     size_bytes: int
+    load_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +108,13 @@ class BecameIdle:
 
 
 @dataclass(frozen=True, slots=True)
-class PinChanged:
-    """The record's ``pinned`` changed. No-op for a model that is not here."""
+class TermsChanged:
+    """What the record says of this copy changed. No-op for a model that is not here."""
 
     model_id: str
     pinned: bool
+    kept: bool = False
+    idle_unload_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +135,7 @@ CopyEvent = (
     | UnloadWanted
     | UnloadFinished
     | BecameIdle
-    | PinChanged
+    | TermsChanged
 )
 Event = CopyEvent | Drain | Tick
 

@@ -16,15 +16,15 @@ from mesh.core.cache_events import (
     LoadBroken,
     LoadFinished,
     LoadWanted,
-    PinChanged,
     Reason,
     SizePredicted,
+    TermsChanged,
     UnloadFinished,
     UnloadWanted,
 )
 from mesh.core.cache_lru import Use
 from mesh.core.policy import Policy
-from mesh.core.types import CopyState
+from mesh.core.types import CopyState, LoadPriority
 
 QUEUED, WAITING, LOADING = CopyState.QUEUED, CopyState.WAITING, CopyState.LOADING
 SIZING, LOADED, FAILED = CopyState.SIZING, CopyState.LOADED, CopyState.FAILED
@@ -49,7 +49,7 @@ class Trigger(Enum):
     DRAINED = "drained"
     BECAME_IDLE = "became-idle"
     UNLOAD_FINISHED = "unload-finished"
-    PIN_CHANGED = "pin-changed"
+    TERMS_CHANGED = "pin-changed"
 
 
 T = Trigger
@@ -61,13 +61,13 @@ TRANSITIONS: Final[Mapping[tuple[CopyState, Trigger], frozenset[CopyState]]] = {
     (QUEUED, T.TIMED_OUT): frozenset({REMOVED}),
     (QUEUED, T.UNLOAD_WANTED): frozenset({REMOVED}),
     (QUEUED, T.DRAINED): frozenset({REMOVED}),
-    (QUEUED, T.PIN_CHANGED): frozenset({QUEUED}),
+    (QUEUED, T.TERMS_CHANGED): frozenset({QUEUED}),
     (WAITING, T.LOAD_WANTED): frozenset({WAITING}),
     (WAITING, T.MEMORY_GRANTED): frozenset({LOADING}),
     (WAITING, T.TIMED_OUT): frozenset({REMOVED}),
     (WAITING, T.UNLOAD_WANTED): frozenset({REMOVED}),
     (WAITING, T.DRAINED): frozenset({REMOVED}),
-    (WAITING, T.PIN_CHANGED): frozenset({WAITING}),
+    (WAITING, T.TERMS_CHANGED): frozenset({WAITING}),
     (LOADING, T.LOAD_WANTED): frozenset({LOADING}),
     (LOADING, T.SIZE_PREDICTED): frozenset({LOADING, WAITING, FAILED, REMOVED}),
     (LOADING, T.LOAD_FINISHED): frozenset({SIZING}),
@@ -75,20 +75,20 @@ TRANSITIONS: Final[Mapping[tuple[CopyState, Trigger], frozenset[CopyState]]] = {
     (LOADING, T.TIMED_OUT): frozenset({UNLOADING}),
     (LOADING, T.UNLOAD_WANTED): frozenset({UNLOADING}),
     (LOADING, T.DRAINED): frozenset({UNLOADING}),
-    (LOADING, T.PIN_CHANGED): frozenset({LOADING}),
+    (LOADING, T.TERMS_CHANGED): frozenset({LOADING}),
     (SIZING, T.LOAD_WANTED): frozenset({SIZING}),
     (SIZING, T.MEMORY_GRANTED): frozenset({LOADED}),
     (SIZING, T.NO_MEMORY): frozenset({UNLOADING}),
     (SIZING, T.TIMED_OUT): frozenset({UNLOADING}),
     (SIZING, T.UNLOAD_WANTED): frozenset({UNLOADING}),
     (SIZING, T.DRAINED): frozenset({UNLOADING}),
-    (SIZING, T.PIN_CHANGED): frozenset({SIZING}),
+    (SIZING, T.TERMS_CHANGED): frozenset({SIZING}),
     (LOADED, T.LOAD_WANTED): frozenset({LOADED}),
     (LOADED, T.EVICTED): frozenset({UNLOADING}),
     (LOADED, T.UNLOAD_WANTED): frozenset({UNLOADING}),
     (LOADED, T.DRAINED): frozenset({LOADED}),
     (LOADED, T.BECAME_IDLE): frozenset({LOADED}),
-    (LOADED, T.PIN_CHANGED): frozenset({LOADED}),
+    (LOADED, T.TERMS_CHANGED): frozenset({LOADED}),
     (UNLOADING, T.LOAD_WANTED): frozenset({UNLOADING}),
     (UNLOADING, T.LOAD_FINISHED): frozenset({UNLOADING}),  # of an abandoned load
     (UNLOADING, T.LOAD_BROKEN): frozenset({REMOVED}),  # of an abandoned load
@@ -96,7 +96,7 @@ TRANSITIONS: Final[Mapping[tuple[CopyState, Trigger], frozenset[CopyState]]] = {
     (UNLOADING, T.DRAINED): frozenset({UNLOADING}),
     (UNLOADING, T.BECAME_IDLE): frozenset({UNLOADING}),
     (UNLOADING, T.UNLOAD_FINISHED): frozenset({REMOVED}),
-    (UNLOADING, T.PIN_CHANGED): frozenset({UNLOADING}),
+    (UNLOADING, T.TERMS_CHANGED): frozenset({UNLOADING}),
 }
 
 
@@ -108,7 +108,7 @@ TRIGGER_OF: Final[Mapping[type[CopyEvent], Trigger]] = {
     UnloadWanted: Trigger.UNLOAD_WANTED,
     UnloadFinished: Trigger.UNLOAD_FINISHED,
     BecameIdle: Trigger.BECAME_IDLE,
-    PinChanged: Trigger.PIN_CHANGED,
+    TermsChanged: Trigger.TERMS_CHANGED,
 }
 
 
@@ -159,7 +159,7 @@ class Copy:
         "need_bytes",
         "overrun_bytes",
         "pinned",
-        "proactive",
+        "priority",
         "reason",
         "sequence",
         "size_bytes",
@@ -175,7 +175,7 @@ class Copy:
         self.need_bytes = event.size_bytes or default_bytes  # what WAITING waits for
         self.overrun_bytes = 0  # measured above what was reserved, not yet made room for
         self.fetched = False
-        self.proactive = event.proactive
+        self.priority = event.priority
         self.pinned = event.pinned
         self.sequence = sequence
         self.deadline_at_ms = now_ms + event.timeout_ms
@@ -184,6 +184,10 @@ class Copy:
         self.unload_started = False
         self.reason: Reason | None = None  # why it is leaving
         self.use = Use(event.last_used_at_ms)
+
+    @property
+    def proactive(self) -> bool:
+        return self.priority is LoadPriority.PROACTIVE
 
     def queue_order(self) -> tuple[bool, int, int]:
         """Awaited first, in the order of arrival; then proactive, most recently used first."""

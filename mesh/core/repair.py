@@ -16,17 +16,17 @@ from typing import TypeVar
 
 from mesh.core.placement import Placement, place
 from mesh.core.policy import Policy
-from mesh.core.types import CopyState, ModelRecord
+from mesh.core.types import CopyState, LoadPriority, ModelRecord
 from mesh.core.view import ClusterView
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """Have ``placement.instance_id`` load it. ``proactive`` loads never evict."""
+    """Have ``placement.instance_id`` load it."""
 
     model_id: str
     placement: Placement
-    proactive: bool
+    priority: LoadPriority
     reason: str  # pinned | min_copies
 
 
@@ -135,7 +135,12 @@ def missing_copies(
             continue
         taken.add(placed.instance_id)
         loads.append(
-            LoadOrder(model.model_id, placed, not hard, "pinned" if hard else "min_copies")
+            LoadOrder(
+                model.model_id,
+                placed,
+                LoadPriority.AWAITED if hard else LoadPriority.PROACTIVE,
+                "pinned" if hard else "min_copies",
+            )
         )
     return tuple(loads), tuple(shortfalls)
 

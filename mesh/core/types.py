@@ -39,6 +39,14 @@ class ModelState(Enum):
     UNKNOWN = "UNKNOWN"
 
 
+class LoadPriority(Enum):
+    """Why a load is wanted: who goes first, and who may push others out."""
+
+    AWAITED = "AWAITED"  # a request waits for it: first in the queue, evicts
+    COPY = "COPY"  # one more copy (scaling, a minimum, a drain): behind those, evicts what is older
+    PROACTIVE = "PROACTIVE"  # ahead of any request: last, and never evicts
+
+
 class InstanceState(Enum):
     STARTING = "STARTING"  # runtimes are not ready yet
     READY = "READY"
@@ -66,6 +74,11 @@ class ModelRecord:
     pinned: bool = False  # one copy is kept hard
     max_concurrency: int | None = None  # requests at once on one copy
     load_timeout_ms: int | None = None
+    idle_unload_ms: int | None = (
+        None  # unused for so long a copy goes; None: the policy's; 0: never
+    )
+    required_labels: tuple[str, ...] = ()  # only instances that have all of them
+    preferred_labels: tuple[str, ...] = ()  # instances that have all of them, where there is room
     auto_delete: bool = False  # goes when no alias names it any more
     labels: Mapping[str, str] = field(default_factory=dict)
     created_at_ms: int = 0
@@ -112,6 +125,9 @@ class InstanceRecord:
     model_types: tuple[str, ...] = ()  # formats that it can run
     zone: str = ""
     labels: tuple[str, ...] = ()
+    group: str = ""  # the deployment that it belongs to
+    replica_set: str = ""  # that deployment's generation: a newer one replaces the older ones
+    victim_score: float = 0.0  # worth of the copy that would go first; 0.0: nothing to evict
     metrics_address: str = ""
     software_version: str = ""
     version: int = 1
@@ -136,6 +152,7 @@ class CopyRecord:
     size_bytes: int = 0
     claimed_at_ms: int = 0
     loaded_at_ms: int = 0
+    pinned: bool = False  # this is the copy of a pinned model that stays whatever comes
     version: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -156,3 +173,15 @@ class FailureRecord:
     expires_at_ms: int
     version: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TypeConstraint:
+    """What instances must and should have to run a format: of a runtime's resource.
+
+    A model's own ``required_labels`` and ``preferred_labels`` come on top of it.
+    """
+
+    model_type: str
+    required: tuple[str, ...] = ()
+    preferred: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ def describe(pod: Pod, model_id: str) -> dict[str, Any]:
             size_bytes=copy.size_bytes,
             needed_bytes=copy.need_bytes,
             pinned=copy.pinned,
-            proactive=copy.proactive,
+            priority=copy.priority.value,
             in_flight=copy.use.in_flight,
             last_used_at_ms=copy.use.last_used_at_ms,
             loaded_at_ms=copy.loaded_at_ms,

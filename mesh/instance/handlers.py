@@ -8,6 +8,7 @@ import orjson
 from google.protobuf.message import Message
 
 from mesh.core.errors import InvalidArgument
+from mesh.core.types import LoadPriority
 from mesh.instance.describe import describe
 from mesh.instance.inference import Inference
 from mesh.instance.model_info import ModelInfo, parse, quick, slow
@@ -17,6 +18,7 @@ from protos import mesh_internal_pb2 as internal_pb2
 
 INFERENCE: Final = "/inference.GRPCInferenceService/"
 INTERNAL: Final = "/mesh.internal.v1.Instance/"
+_PRIORITIES: Final = (LoadPriority.AWAITED, LoadPriority.COPY, LoadPriority.PROACTIVE)
 
 
 class InternalMethods:
@@ -39,7 +41,10 @@ class InternalMethods:
                 _named(request.model_id),
                 request.revision,
                 request.last_used_at_ms,
-                request.proactive,
+                _PRIORITIES[request.priority],
+                request.model_record,
+                request.pin,
+                request.use_score,
             )
         )
         return internal_pb2.LoadResponse(

@@ -26,20 +26,20 @@ from mesh.core.cache_events import (
     Instruction,
     LoadEnded,
     LoadWanted,
-    PinChanged,
     Publish,
     Reason,
     RejectLoad,
     StartFetch,
     StartLoad,
     StartUnload,
+    TermsChanged,
     Tick,
     UnloadWanted,
 )
 from mesh.core.cache_table import CacheConfig, Copy
 from mesh.core.errors import RETRYABLE, Code, MeshError, NotFound
 from mesh.core.policy import Policy
-from mesh.core.types import CopyRecord, CopyState, FailureRecord, ModelRecord
+from mesh.core.types import CopyRecord, CopyState, FailureRecord, LoadPriority, ModelRecord
 from mesh.instance.answers import LoadAnswer, LoadOutcome
 from mesh.instance.clock import Clock
 from mesh.instance.loader import Loader, Runtimes
@@ -59,6 +59,7 @@ MAX_FAILURES_REMEMBERED: Final = 1_024
 # A measured size is written back when it differs by more than this share.
 SIZE_CHANGE_SHARE: Final = 0.1
 WRITE_BACK_ATTEMPTS: Final = 3
+_RANK: Final = {LoadPriority.AWAITED: 0, LoadPriority.COPY: 1, LoadPriority.PROACTIVE: 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,10 @@ class Wish:
     model_id: str
     revision: int
     last_used_at_ms: int = 0
-    proactive: bool = False
+    priority: LoadPriority = LoadPriority.AWAITED
+    record: bytes = b""  # as in the store: what is loaded by while the store is away
+    pin: bool = False
+    use_score: float = 0.0
 
 
 class Flight:
@@ -129,7 +133,7 @@ class Pod:
             flight = Flight(wish, asyncio.get_running_loop().create_future())
             self._flights[wish.model_id] = flight
             self._spawn(self._begin(flight))
-        elif flight.wish.proactive and not wish.proactive:
+        elif _RANK[wish.priority] < _RANK[flight.wish.priority]:
             flight.wish = replace(wish, revision=flight.wish.revision)
             copy = self.cache.get(wish.model_id)
             if flight.in_cache and copy is not None and copy.state is not CopyState.UNLOADING:
@@ -158,7 +162,7 @@ class Pod:
         if servable is not None:
             servable.max_concurrency = self._concurrency(record)
         if copy.pinned != record.pinned:
-            self.apply(PinChanged(record.model_id, record.pinned))
+            self.apply(TermsChanged(record.model_id, record.pinned))
 
     def became_idle(self, model_id: str) -> None:
         self.apply(BecameIdle(model_id))
@@ -262,7 +266,7 @@ class Pod:
             size_bytes=record.size_bytes_stated or record.size_bytes_measured or 0,
             timeout_ms=record.load_timeout_ms or self.policy.load_timeout_ms,
             last_used_at_ms=wish.last_used_at_ms,
-            proactive=wish.proactive,
+            priority=wish.priority,
             pinned=record.pinned,
         )
 

@@ -9,7 +9,6 @@ from mesh.core.cache_events import (
     LoadBroken,
     LoadEnded,
     LoadFinished,
-    PinChanged,
     Publish,
     Reason,
     RejectLoad,
@@ -17,6 +16,7 @@ from mesh.core.cache_events import (
     StartFetch,
     StartLoad,
     StartUnload,
+    TermsChanged,
     Tick,
     UnloadFinished,
     UnloadWanted,
@@ -25,6 +25,7 @@ from mesh.core.cache_table import CacheConfig
 from mesh.core.errors import Code, NotFound, Unavailable
 from mesh.core.policy import Policy
 from mesh.core.types import CopyState as S
+from mesh.core.types import LoadPriority
 from tests.core.cache_driver import Driver
 
 
@@ -84,14 +85,14 @@ def test_a_pinned_copy_stays_and_a_load_that_needs_its_memory_is_rejected() -> N
     driver.load("pinned", 60, pinned=True)
     out = driver.want("b", 60)
     assert [r.reason for r in of(RejectLoad, out)] == [Reason.NO_ROOM]
-    driver.send(PinChanged("pinned", False))
+    driver.send(TermsChanged("pinned", False))
     assert [u.model_id for u in of(StartUnload, driver.want("b", 60))] == ["pinned"]
 
 
 def test_a_proactive_load_never_evicts() -> None:
     driver = Driver(capacity=100)
     driver.load("a", 60)
-    out = driver.want("b", 60, proactive=True)
+    out = driver.want("b", 60, priority=LoadPriority.PROACTIVE)
     assert [r.reason for r in of(RejectLoad, out)] == [Reason.NO_FREE_MEMORY]
     assert driver.loaded() == {"a"}
 
@@ -99,14 +100,14 @@ def test_a_proactive_load_never_evicts() -> None:
 def test_a_proactive_load_stays_out_of_the_unload_buffer() -> None:
     driver = Driver(capacity=100, buffer=10)
     driver.load("a", 60)
-    assert of(RejectLoad, driver.want("b", 35, proactive=True))
-    assert of(StartFetch, driver.want("c", 30, proactive=True))
+    assert of(RejectLoad, driver.want("b", 35, priority=LoadPriority.PROACTIVE))
+    assert of(StartFetch, driver.want("c", 30, priority=LoadPriority.PROACTIVE))
 
 
 def test_a_proactive_load_whose_prediction_grows_past_free_memory_is_rejected() -> None:
     driver = Driver(capacity=100)
     driver.load("a", 60)
-    driver.want("b", 10, proactive=True)
+    driver.want("b", 10, priority=LoadPriority.PROACTIVE)
     out = driver.send(SizePredicted("b", 50))
     assert [r.reason for r in of(RejectLoad, out)] == [Reason.NO_FREE_MEMORY]
     assert driver.cache.used_bytes == 60
@@ -115,8 +116,8 @@ def test_a_proactive_load_whose_prediction_grows_past_free_memory_is_rejected() 
 def test_awaited_loads_go_first_and_an_awaited_request_upgrades_a_proactive_load() -> None:
     driver = Driver(slots=1)
     driver.want("running", 10)
-    driver.want("p1", 10, proactive=True)
-    driver.want("p2", 10, proactive=True)
+    driver.want("p1", 10, priority=LoadPriority.PROACTIVE)
+    driver.want("p2", 10, priority=LoadPriority.PROACTIVE)
     driver.want("awaited", 10)
     driver.want("p2", 10)  # somebody waits for it now
     order = []
@@ -354,5 +355,5 @@ def test_a_copy_that_nobody_came_for_goes_after_its_grace() -> None:
 
 def test_a_proactive_copy_has_no_grace() -> None:
     driver = Driver(capacity=100, grace_ms=250)
-    driver.load("ahead", 90, proactive=True)
+    driver.load("ahead", 90, priority=LoadPriority.PROACTIVE)
     assert [u.model_id for u in of(StartUnload, driver.want("c", 40))] == ["ahead"]

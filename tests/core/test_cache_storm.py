@@ -20,7 +20,6 @@ from mesh.core.cache_events import (
     LoadEnded,
     LoadFinished,
     LoadWanted,
-    PinChanged,
     Publish,
     Reason,
     RejectLoad,
@@ -28,12 +27,13 @@ from mesh.core.cache_events import (
     StartFetch,
     StartLoad,
     StartUnload,
+    TermsChanged,
     Tick,
     UnloadFinished,
     UnloadWanted,
 )
 from mesh.core.errors import Unavailable
-from mesh.core.types import CopyState
+from mesh.core.types import CopyState, LoadPriority
 from tests.core.cache_driver import Driver
 
 CAPACITY = 100
@@ -79,10 +79,14 @@ class Storm(RuleBasedStateMachine):
                 case LoadEnded(model_id) | RejectLoad(model_id):
                     self.waiters.discard(model_id)
 
-    @rule(name=NAMES, size=st.sampled_from([0, 5, 30, 60, 101]), proactive=st.booleans())
-    def want(self, name: str, size: int, proactive: bool) -> None:
+    @rule(
+        name=NAMES,
+        size=st.sampled_from([0, 5, 30, 60, 101]),
+        priority=st.sampled_from(LoadPriority),
+    )
+    def want(self, name: str, size: int, priority: LoadPriority) -> None:
         self.waiters.add(name)
-        self.send(LoadWanted(name, size, 5_000, self.driver.now_ms - 50, proactive))
+        self.send(LoadWanted(name, size, 5_000, self.driver.now_ms - 50, priority))
 
     @precondition(lambda self: self.fetching)
     @rule(data=st.data(), size=st.sampled_from([1, 10, 35, 70, 101]))
@@ -139,7 +143,7 @@ class Storm(RuleBasedStateMachine):
 
     @rule(name=NAMES, pinned=st.booleans())
     def pin(self, name: str, pinned: bool) -> None:
-        self.send(PinChanged(name, pinned))
+        self.send(TermsChanged(name, pinned))
 
     @rule(after_ms=st.sampled_from([1, 1_000, 6_000]))
     def tick(self, after_ms: int) -> None:

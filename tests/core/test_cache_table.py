@@ -12,9 +12,9 @@ from mesh.core.cache_events import (
     LoadBroken,
     LoadFinished,
     LoadWanted,
-    PinChanged,
     Reason,
     SizePredicted,
+    TermsChanged,
     UnloadFinished,
     UnloadWanted,
 )
@@ -31,7 +31,7 @@ EVENTS = {
     UnloadWanted: UnloadWanted("m", Reason.ASKED),
     UnloadFinished: UnloadFinished("m"),
     BecameIdle: BecameIdle("m"),
-    PinChanged: PinChanged("m", True),
+    TermsChanged: TermsChanged("m", True),
 }
 LIVING = [s for s in CopyState if s not in (CopyState.FAILED, CopyState.REMOVED)]
 
@@ -107,6 +107,6 @@ def test_an_event_about_a_model_that_is_not_here_raises(kind: type) -> None:
         Driver().send(EVENTS[kind])
 
 
-@pytest.mark.parametrize("kind", [UnloadWanted, PinChanged])
+@pytest.mark.parametrize("kind", [UnloadWanted, TermsChanged])
 def test_a_wish_about_a_model_that_is_not_here_is_no_event(kind: type) -> None:
     assert Driver().send(EVENTS[kind]) == ()

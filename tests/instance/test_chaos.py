@@ -15,7 +15,7 @@ import pytest
 from mesh import registry
 from mesh.core.cache_check import validate
 from mesh.core.errors import LoadFailed, Unavailable
-from mesh.core.types import CopyState
+from mesh.core.types import CopyState, LoadPriority
 from mesh.instance.answers import LoadAnswer
 from tests.instance.fakes import MIB, Rig, running, until, with_policy
 
@@ -33,7 +33,7 @@ class Chaos:
         draw, rig, name = self.draw, self.rig, self.draw.choice(NAMES)
         match draw.randrange(12):
             case 0 | 1 | 2 | 3 | 4:
-                wish = {"proactive": draw.random() < 0.2}
+                wish = {"priority": draw.choice(list(LoadPriority))}
                 self.waiters.append(asyncio.create_task(rig.load(name, **wish)))
             case 5:
                 rig.register(name, pinned=draw.random() < 0.1)

@@ -12,7 +12,7 @@ import pytest
 from mesh import registry
 from mesh.core.cache_check import validate
 from mesh.core.errors import Code, LoadFailed
-from mesh.core.types import CopyState
+from mesh.core.types import CopyState, LoadPriority
 from mesh.instance.answers import LoadOutcome
 from tests.instance.fakes import MIB, running, until, with_policy
 
@@ -307,7 +307,7 @@ async def test_a_proactive_load_evicts_nothing_and_an_awaited_one_does(
             rig.register(name, size_bytes_stated=MIB)
         await rig.load("a")
         await rig.load("b")
-        refused = await rig.load("c", proactive=True)
+        refused = await rig.load("c", priority=LoadPriority.PROACTIVE)
         assert refused.outcome is LoadOutcome.REJECTED
         assert rig.runtime.unloaded == []
         assert rig.copy("c") is None
