@@ -1,0 +1,1 @@
+"""The mesh in virtual time: production objects, made workloads, scripted faults."""
