@@ -1,8 +1,19 @@
-"""Every threshold of the mesh in one place, with its unit and its reason."""
+"""Every threshold of the mesh in one place, with its unit and its reason.
+
+``Policy`` checks itself: a value of the wrong kind, out of range, or at odds with another one
+raises ``InvalidArgument`` that names the field, what was found and what is expected. ``overridden``
+is how settings and the live ``config/policy`` change some of it. `mesh policy` shows the comments
+above the fields (``mesh.policy_reasons`` reads them): they are written for operators.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Final
+
+from mesh.core.errors import InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,3 +177,106 @@ class Policy:
     audit_ms: int = 60_000
     # Decisions that a process remembers for `mesh explain --decisions`.
     decisions_kept: int = 1_000
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item.name, str(item.type), getattr(self, item.name))
+        for lower, upper in _ORDERED:
+            low, high = getattr(self, lower), getattr(self, upper)
+            if low > high:
+                raise InvalidArgument(
+                    f"policy.{lower}: expected at most {upper}, which is {high}; found {low}"
+                )
+
+
+# What one transaction of the store can hold (etcd's default).
+_OPERATIONS_MAX: Final = 128
+# Nobody means more: 30 years in milliseconds, a terabyte.
+_WHOLE_MAX: Final = 10**12
+# (least, most) where it is not what the name says: a share is 0 to 1, the rest at least 1.
+_RANGES: Final[dict[str, tuple[float, float]]] = {
+    # 0 switches it off, or means "at once" or "never".
+    **dict.fromkeys(
+        (
+            *("queue_timeout_ms", "min_churn_age_ms", "first_use_grace_ms", "orphan_grace_ms"),
+            *("load_failure_expiry_ms", "transient_failure_expiry_ms", "advert_min_interval_ms"),
+            *("inline_max_us", "inline_turn_max_us", "max_queued_per_copy"),
+            *("placement_wait_ms", "replacement_window_ms", "scale_up_cooldown_ms"),
+            *("second_copy_min_age_ms", "second_copy_max_age_ms", "second_copy_lru_age_ms"),
+            *("scale_down_cooldown_ms", "second_copy_idle_ms", "second_copy_idle_short_ms"),
+            *("idle_unload_ms", "proactive_recent_ms", "proactive_quiet_ms", "drain_recent_ms"),
+            *("repair_loads_max", "proactive_loads_max", "retry_budget_min", "last_used_keep_ms"),
+        ),
+        (0, _WHOLE_MAX),
+    ),
+    "hops_max": (1, 64),
+    "max_load_failures": (1, 64),
+    "load_slots": (1, 64),
+    "instance_lease_ttl_ms": (1_000, 3_600_000),  # etcd counts leases in whole seconds
+    "repair_batch_max": (1, _OPERATIONS_MAX),
+    "hot_factor": (1.0, 1_000.0),
+    "drain_moves": (1, 1_000),
+    "retry_budget_share": (0.0, 10.0),
+    "decisions_kept": (1, 100_000),
+}
+_CHOICES: Final[dict[str, tuple[str, ...]]] = {"eviction_order": ("lru", "frequency")}
+# The first is not above the second. Free memory at which second copies go stays below that at which
+# they come: else they would come and go for ever.
+_ORDERED: Final = (
+    ("unload_buffer_min_share", "unload_buffer_max_share"),
+    ("advert_min_interval_ms", "advert_max_interval_ms"),
+    ("placement_retry_ms", "placement_retry_max_ms"),
+    ("second_copy_min_age_ms", "second_copy_max_age_ms"),
+    ("second_copy_idle_short_ms", "second_copy_idle_ms"),
+    ("scale_down_free_share", "second_copy_free_share"),
+    ("outlier_eject_ms", "outlier_eject_max_ms"),
+)
+
+
+def overridden(base: Policy, overrides: Mapping[str, object]) -> Policy:
+    """``base`` with some fields changed. A whole number does for a share. Raises InvalidArgument
+    that names the field."""
+    known = {item.name: str(item.type) for item in fields(Policy)}
+    changes: dict[str, object] = {}
+    for name, value in overrides.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "`mesh policy` lists what there is"
+            raise InvalidArgument(f"policy.{name}: there is no such threshold; {hint}")
+        if known[name] == "float" and type(value) is int:
+            value = float(value)
+        changes[name] = value
+    return replace(base, **changes)  # type: ignore[arg-type]  # checked by __post_init__
+
+
+def expected(name: str, kind: str) -> str:
+    """What a field takes, for a person. ``kind`` is the text of its annotation."""
+    if kind == "str":
+        return "one of " + ", ".join(_CHOICES[name])
+    least, most = _range(name, kind)
+    if kind == "float":
+        return f"a number from {least:g} to {most:g}"
+    if most == _WHOLE_MAX:
+        return f"a whole number of at least {least}"
+    return f"a whole number from {least} to {most}"
+
+
+def _range(name: str, kind: str) -> tuple[float, float]:
+    if found := _RANGES.get(name):
+        return found
+    return (0.0, 1.0) if kind == "float" else (1, _WHOLE_MAX)
+
+
+def _check(name: str, kind: str, value: object) -> None:
+    match kind, value:
+        case "str", str():
+            fits = value in _CHOICES[name]
+        case ("int", bool()) | ("float", bool()):
+            fits = False
+        case ("int", int() as number) | ("float", (int() | float()) as number):
+            least, most = _range(name, kind)
+            fits = least <= number <= most  # neither nan nor infinity is
+        case _:
+            fits = False
+    if not fits:
+        raise InvalidArgument(f"policy.{name}: expected {expected(name, kind)}; found {value!r}")
