@@ -1,0 +1,62 @@
+"""The policy of a running process: what it was started with, and `config/policy` on top.
+
+``read`` is given what stands in the store, at each change or more often, and tells the process's
+parts of a policy that differs. A value that cannot be is said once in the log and changes nothing:
+the last good policy stays. (`mesh policy set` refuses such a value; it can come from elsewhere, or
+be at odds with what this process alone was started with.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from mesh.core.errors import InvalidArgument
+from mesh.core.policy import Policy, overridden
+from mesh.decision_log import DecisionLog
+
+log = logging.getLogger(__name__)
+
+_NOTHING: Final[Mapping[str, object]] = {}
+
+
+class LivePolicy:
+    """``apply`` is called with each policy that differs from the one before."""
+
+    def __init__(
+        self,
+        base: Policy,
+        apply: Callable[[Policy], None],
+        decisions: DecisionLog | None = None,
+    ) -> None:
+        self.base = base
+        self.policy = base
+        self.overrides = _NOTHING  # those that hold now
+        self._apply = apply
+        self._decisions = decisions
+        self._seen: object = _NOTHING
+
+    def read(self, value: Mapping[str, object] | None) -> None:
+        """``value``: the object of ``config/policy``; None where there is none."""
+        overrides = _NOTHING if value is None else value
+        if overrides is self._seen or overrides == self._seen:
+            return
+        self._seen = overrides
+        try:
+            policy = overridden(self.base, overrides)
+        except InvalidArgument as error:
+            log.error("config/policy is not acted on: %s", error.message)
+            self._note("refused", error.message)
+            return
+        self.overrides = overrides
+        if policy == self.policy:
+            return
+        self.policy = policy
+        told = ", ".join(f"{name}={value}" for name, value in sorted(overrides.items()))
+        self._note("changed", told or "as the process was started")
+        self._apply(policy)
+
+    def _note(self, reason: str, detail: str) -> None:
+        if self._decisions is not None:
+            self._decisions.note("policy", reason, detail=detail)
