@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 import orjson
 
 from mesh.core.errors import Code, Internal, InvalidArgument
+from mesh.core.live_config import TYPE_CONSTRAINTS, type_constraints
 from mesh.core.types import (
     CopyRecord,
     CopyState,
@@ -38,6 +39,7 @@ INSTANCES_PREFIX: Final = "instances/"
 COPIES_PREFIX: Final = "copies/"
 FAILURES_PREFIX: Final = "failures/"
 LAST_USED_PREFIX: Final = "lastused/"
+CONFIG_PREFIX: Final = "config/"
 
 # A key of etcd may be long, but a name beyond this is a mistake, and it is in every message.
 MAX_NAME_CHARS: Final = 512
@@ -59,6 +61,7 @@ class Family(Enum):
     COPY = "copies"
     FAILURE = "failures"
     LAST_USED = "lastused"
+    CONFIG = "config"
     LEADER = "leader"
 
 
@@ -121,6 +124,11 @@ def failure_key(model_id: str, instance_id: str) -> str:
 
 def last_used_key(instance_id: str) -> str:
     return LAST_USED_PREFIX + escape(instance_id)
+
+
+def config_key(name: str) -> str:
+    """A live setting: ``policy`` or ``type_constraints``."""
+    return CONFIG_PREFIX + escape(name)
 
 
 def parse_key(key: str) -> Key | None:
@@ -360,19 +368,65 @@ def decode(key: str, value: bytes) -> Record | None:
             return decode_copy(parsed.name, parsed.instance_id, value)
         case Family.FAILURE:
             return decode_failure(parsed.name, parsed.instance_id, value)
-        case Family.LAST_USED | Family.LEADER:
+        case Family.LAST_USED | Family.CONFIG | Family.LEADER:
             return None
 
 
-def encode_last_used(last_used_at_ms: Mapping[str, int]) -> bytes:
-    """The blob of ``lastused/<instance_id>``: model id to Unix milliseconds."""
-    return orjson.dumps(dict(last_used_at_ms))
+# Before a model's id in a blob: its use score, in thousandths. A control character, which no id may
+# hold; and a whole number smaller than any instant, so that an older version reads it as the
+# ancient last use of a model that it does not know.
+_SCORE_MARK: Final = "\x1f"
+_SCORE_SCALE: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """What an instance told of how its models are used, by model id."""
+
+    last_used_at_ms: dict[str, int]  # Unix milliseconds
+    scores: dict[str, float]  # of mesh.core.usage
+
+
+def encode_last_used(
+    last_used_at_ms: Mapping[str, int], scores: Mapping[str, float] | None = None
+) -> bytes:
+    """The blob of ``lastused/<instance_id>``: last uses, and use scores where they are known."""
+    document = dict(last_used_at_ms)
+    for model_id, score in (scores or {}).items():
+        document[_SCORE_MARK + model_id] = round(score * _SCORE_SCALE)
+    return orjson.dumps(document)
 
 
 def decode_last_used(instance_id: str, value: bytes) -> dict[str, int]:
+    """The last uses alone."""
+    return decode_uses(instance_id, value).last_used_at_ms
+
+
+def decode_uses(instance_id: str, value: bytes) -> Uses:
     where = LAST_USED_PREFIX + instance_id
+    uses = Uses({}, {})
+    for name, told in _document(value, where).items():
+        if type(told) is not int:
+            raise RecordError(f"{where}: the last use of {name!r} is {told!r}, not a number")
+        if name.startswith(_SCORE_MARK):
+            uses.scores[name[1:]] = told / _SCORE_SCALE
+        else:
+            uses.last_used_at_ms[name] = told
+    return uses
+
+
+def encode_config(value: Mapping[str, object]) -> bytes:
+    """The value of ``config/<name>``: a JSON object."""
+    return orjson.dumps(dict(value))
+
+
+def decode_config(name: str, value: bytes) -> dict[str, object]:
+    """Raises RecordError, also for type constraints that make no sense."""
+    where = CONFIG_PREFIX + name
     document = _document(value, where)
-    for model_id, at_ms in document.items():
-        if type(at_ms) is not int:
-            raise RecordError(f"{where}: the last use of {model_id!r} is {at_ms!r}, not a number")
+    if name == TYPE_CONSTRAINTS:
+        try:
+            type_constraints(document)
+        except InvalidArgument as error:
+            raise RecordError(f"{where}: {error.message}") from error
     return document

@@ -26,11 +26,12 @@ from mesh.registry import (
     Family,
     Key,
     RecordError,
+    decode_config,
     decode_copy,
     decode_failure,
     decode_instance,
-    decode_last_used,
     decode_model,
+    decode_uses,
     decode_vmodel,
     parse_key,
 )
@@ -56,6 +57,11 @@ class ViewConsumer(Protocol):
     def put_last_used(self, instance_id: str, last_used_at_ms: Mapping[str, int]) -> None: ...
     def delete_last_used(self, instance_id: str) -> None: ...
     def replace_last_used(self, blobs: Mapping[str, Mapping[str, int]]) -> None: ...
+    def put_use_scores(self, scores: Mapping[str, float]) -> None: ...
+
+    def put_config(self, name: str, value: Mapping[str, object]) -> None: ...
+    def delete_config(self, name: str) -> None: ...
+    def replace_configs(self, values: Mapping[str, Mapping[str, object]]) -> None: ...
 
     def put_vmodel(self, record: VModelRecord) -> None: ...
     def delete_vmodel(self, name: str) -> None: ...
@@ -86,6 +92,8 @@ class _Decoded:
         self.copies: list[CopyRecord] = []
         self.failures: list[FailureRecord] = []
         self.last_used: dict[str, dict[str, int]] = {}
+        self.use_scores: list[dict[str, float]] = []
+        self.configs: dict[str, dict[str, object]] = {}
 
     def add(self, key: Key, value: bytes) -> None:
         match key.family:
@@ -100,7 +108,12 @@ class _Decoded:
             case Family.FAILURE:
                 self.failures.append(decode_failure(key.name, key.instance_id, value))
             case Family.LAST_USED:
-                self.last_used[key.name] = decode_last_used(key.name, value)
+                uses = decode_uses(key.name, value)
+                self.last_used[key.name] = uses.last_used_at_ms
+                if uses.scores:
+                    self.use_scores.append(uses.scores)
+            case Family.CONFIG:
+                self.configs[key.name] = decode_config(key.name, value)
             case Family.LEADER:
                 return
 
@@ -158,12 +171,15 @@ class ViewSync:
                     self._skip(error)
             await asyncio.sleep(0)
         consumer = self._consumer
+        consumer.replace_configs(decoded.configs)
         consumer.replace_models(decoded.models)
         consumer.replace_vmodels(decoded.vmodels)
         consumer.replace_instances(decoded.instances)
         consumer.replace_copies(decoded.copies, snapshot.revision)
         consumer.replace_failures(decoded.failures)
         consumer.replace_last_used(decoded.last_used)
+        for scores in decoded.use_scores:
+            consumer.put_use_scores(scores)
         self.snapshots_total += 1
 
     def _take_changes(self, changes: Changes) -> frozenset[str]:
@@ -202,7 +218,11 @@ class ViewSync:
             case Family.FAILURE:
                 consumer.put_failure(decode_failure(key.name, key.instance_id, value))
             case Family.LAST_USED:
-                consumer.put_last_used(key.name, decode_last_used(key.name, value))
+                uses = decode_uses(key.name, value)
+                consumer.put_last_used(key.name, uses.last_used_at_ms)
+                consumer.put_use_scores(uses.scores)
+            case Family.CONFIG:
+                consumer.put_config(key.name, decode_config(key.name, value))
             case Family.LEADER:
                 pass
         return ()
@@ -222,6 +242,8 @@ class ViewSync:
                 consumer.delete_failure(key.name, key.instance_id)
             case Family.LAST_USED:
                 consumer.delete_last_used(key.name)
+            case Family.CONFIG:
+                consumer.delete_config(key.name)
             case Family.LEADER:
                 pass
 

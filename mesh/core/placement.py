@@ -103,6 +103,7 @@ def place(
     now_ms: int,
     policy: Policy,
     exclude: Collection[str] = (),
+    avoid: Collection[str] = (),
 ) -> Placement | NoPlacement:
     """Choose the instance that is to load one more copy of ``model``."""
     failures = view.failures_of(model.model_id, now_ms)
@@ -118,6 +119,8 @@ def place(
             ranked.append((_rank(slot, size_bytes, now_ms), instance_id))
         else:
             refusals[refusal] += 1
+    if avoid:
+        ranked = [item for item in ranked if item[1] not in avoid] or ranked
     if not ranked:
         return _nowhere(view, model, size_bytes, refusals, failures, now_ms)
     best, winner, second, runner_up = _best_two(ranked, model.model_id)
@@ -139,6 +142,7 @@ def candidates(
     now_ms: int,
     policy: Policy,
     exclude: Collection[str] = (),
+    avoid: Collection[str] = (),
 ) -> tuple[Candidate, ...]:
     """Every instance as ``place`` sees it, best first, refused ones last."""
     size_bytes = predict_size_bytes(model, policy)

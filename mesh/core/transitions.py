@@ -93,7 +93,7 @@ def plan_transition(
     if target is None:
         cause = f"the target model {record.target_model_id!r} is not registered"
         return _mark(record, cause, "target_unregistered", now_ms)
-    if view.loaded_on(target.model_id):
+    if view.lasting_on(target.model_id):
         return _switch(view, record, "target_loaded", now_ms)
     if record.active_model_id not in view.models:
         return _switch(view, record, "active_gone", now_ms)

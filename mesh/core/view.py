@@ -20,15 +20,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Final, Literal
 
+from mesh.core.live_config import TYPE_CONSTRAINTS, any_type_constraint, type_constraints
 from mesh.core.slots import InstanceSlot, PendingLoad
 from mesh.core.types import (
     CopyRecord,
     CopyState,
     FailureRecord,
     InstanceRecord,
+    InstanceState,
     ModelRecord,
+    TypeConstraint,
     VModelRecord,
 )
 
@@ -75,9 +79,13 @@ class ClusterView:
         self._wanting: set[str] = set()  # models with a minimum number of copies
         self._pending_on: dict[str, tuple[str, ...]] = {}  # model id -> instances asked, sorted
         self._marks: dict[tuple[str, str], int] = {}  # locally known LOADED -> claim's revision
-        self._last_used: dict[str, int] = {}
+        self._last_used: dict[str, int] = {}  # models never used are absent
+        self._use_scores: dict[str, float] = {}  # the largest told
         self._flushed: dict[str, int] = {}  # instance with a blob -> the latest use in it
         self._seen: set[str] = set()
+        # Live settings by name, as they stand in the store; what they mean is their readers'.
+        self.config: dict[str, Mapping[str, object]] = {}
+        self.type_constraints: dict[str, TypeConstraint] = {}
 
     # ---- models ---------------------------------------------------------------------------
 
@@ -86,6 +94,8 @@ class ClusterView:
         if model_id not in self.models:
             self.routes_epoch += 1
         self.models[model_id] = record
+        if record.last_used_at_ms > self._last_used.get(model_id, 0):
+            self._last_used[model_id] = record.last_used_at_ms
         _keep(self._wanting, model_id, record.pinned or record.min_copies > 1)
         _keep(self._unaliased, model_id, record.auto_delete and model_id not in self._aliases)
 
@@ -96,6 +106,7 @@ class ClusterView:
         self._wanting.discard(model_id)
         self._unaliased.discard(model_id)
         self._last_used.pop(model_id, None)
+        self._use_scores.pop(model_id, None)
 
     def replace_models(self, records: Iterable[ModelRecord]) -> None:
         """A snapshot: what it does not hold is gone."""
@@ -126,11 +137,49 @@ class ClusterView:
         """(instance that is not there, the latest use in the blob that it left behind)."""
         return (item for item in self._flushed.items() if item[0] not in self.instances)
 
+    def put_use_scores(self, scores: Mapping[str, float]) -> None:
+        """Merge what one blob tells of how much models are used; the largest wins."""
+        for model_id, score in scores.items():
+            if model_id in self.models and score > self._use_scores.get(model_id, 0.0):
+                self._use_scores[model_id] = score
+
+    @property
+    def last_used(self) -> Mapping[str, int]:
+        """Last uses that the store told of, by model id; models never used are absent."""
+        return MappingProxyType(self._last_used)
+
     def last_used_at_ms(self, model_id: str) -> int:
         """The latest use that the store told of; 0 when never."""
-        model = self.models.get(model_id)
-        recorded = model.last_used_at_ms if model is not None else 0
-        return max(recorded, self._last_used.get(model_id, 0))
+        return self._last_used.get(model_id, 0)
+
+    def use_score(self, model_id: str) -> float:
+        """How much it is used (``mesh.core.usage``), the largest told; 0.0 when unknown."""
+        return self._use_scores.get(model_id, 0.0)
+
+    # ---- live settings --------------------------------------------------------------------
+
+    def put_config(self, name: str, value: Mapping[str, object]) -> None:
+        """Raises InvalidArgument for type constraints that make no sense; nothing changes then."""
+        if name == TYPE_CONSTRAINTS:
+            self.type_constraints = type_constraints(value)
+        self.config[name] = value
+
+    def delete_config(self, name: str) -> None:
+        self.config.pop(name, None)
+        if name == TYPE_CONSTRAINTS:
+            self.type_constraints = {}
+
+    def replace_configs(self, values: Mapping[str, Mapping[str, object]]) -> None:
+        for name in [known for known in self.config if known not in values]:
+            self.delete_config(name)
+        for name, value in values.items():
+            self.put_config(name, value)
+
+    def constraint_of(self, model_type: str) -> TypeConstraint | None:
+        """What instances must and should have to run that format."""
+        if not self.type_constraints:
+            return None
+        return self.type_constraints.get(model_type) or any_type_constraint(self.type_constraints)
 
     # ---- vmodels --------------------------------------------------------------------------
 
@@ -187,9 +236,9 @@ class ClusterView:
                 slot.add_copy(copy)
             self._refresh_routes(slot)
             return
-        ready_before = slot.ready
+        state_before = slot.record.state
         slot.record = record
-        if slot.ready != ready_before:
+        if record.state is not state_before:
             self._refresh_routes(slot)
 
     def delete_instance(self, instance_id: str) -> None:
@@ -292,13 +341,9 @@ class ClusterView:
             self._refresh_route(model_id)
 
     def _refresh_route(self, model_id: str) -> None:
-        routable = tuple(
-            sorted(
-                instance_id
-                for instance_id, copy in self._copies.get(model_id, {}).items()
-                if copy.state is CopyState.LOADED and self._is_ready(instance_id)
-            )
-        )
+        routable = self._loaded_in(InstanceState.READY, model_id)
+        if not routable:
+            routable = self._loaded_in(InstanceState.DRAINING, model_id)
         if routable == self._loaded.get(model_id, ()):
             return
         self.routes_epoch += 1
@@ -307,9 +352,16 @@ class ClusterView:
         else:
             del self._loaded[model_id]
 
-    def _is_ready(self, instance_id: str) -> bool:
-        slot = self.instances.get(instance_id)
-        return slot is not None and slot.ready
+    def _loaded_in(self, state: InstanceState, model_id: str) -> tuple[str, ...]:
+        instances = self.instances
+        found = [
+            instance_id
+            for instance_id, copy in self._copies.get(model_id, {}).items()
+            if copy.state is CopyState.LOADED
+            and (slot := instances.get(instance_id)) is not None
+            and slot.record.state is state
+        ]
+        return tuple(sorted(found))
 
     # ---- failures -------------------------------------------------------------------------
 
@@ -372,6 +424,16 @@ class ClusterView:
     # ---- reading --------------------------------------------------------------------------
 
     @property
+    def capacity_bytes(self) -> int:
+        """Of all READY instances. Walks the instances: for sweeps, not for requests."""
+        return sum(s.record.capacity_bytes for s in self.instances.values() if s.ready)
+
+    @property
+    def free_bytes(self) -> int:
+        """Of all READY instances, as placement counts it. Walks the instances."""
+        return sum(s.effective_free_bytes for s in self.instances.values() if s.ready)
+
+    @property
     def synced(self) -> bool:
         """A first snapshot of every family has come: before that, absence means nothing."""
         return self._seen >= FAMILIES
@@ -397,8 +459,13 @@ class ClusterView:
         return Resolved(name, model.model_id, "vmodel", model)
 
     def loaded_on(self, model_id: str) -> tuple[str, ...]:
-        """Ids of READY instances with a LOADED copy, sorted. One look-up: the hit path."""
+        """Ids of READY instances with a LOADED copy, sorted; when there is none, of DRAINING ones,
+        which serve until they leave. One look-up: the hit path."""
         return self._loaded.get(model_id, ())
+
+    def lasting_on(self, model_id: str) -> tuple[str, ...]:
+        """Of ``loaded_on`` those that are not about to leave: READY instances."""
+        return tuple(i for i in self._loaded.get(model_id, ()) if self.instances[i].ready)
 
     def copies_of(self, model_id: str) -> tuple[CopyRecord, ...]:
         """Copies on instances that exist, by instance id."""

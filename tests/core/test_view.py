@@ -9,6 +9,7 @@ from tests.core.cluster import (
     LOADING,
     NOW,
     READY,
+    STARTING,
     copy,
     failure,
     instance,
@@ -43,12 +44,21 @@ def test_an_instance_that_comes_back_brings_copies_that_were_not_deleted() -> No
     assert view.loaded_on("n") == ()
 
 
-def test_a_draining_instance_is_not_routable_and_becomes_so_when_ready() -> None:
-    view = view_of(model(), instance("a"), copy("m", "a"))
+def test_a_draining_instance_is_routable_only_while_no_ready_one_has_a_copy() -> None:
+    view = view_of(model(), instance("a"), copy("m", "a"), instance("b"))
     view.put_instance(instance("a", DRAINING))
-    assert view.loaded_on("m") == ()
+    assert view.loaded_on("m") == ("a",) and view.lasting_on("m") == ()
+    view.put_copy(copy("m", "b", LOADING))
+    assert view.loaded_on("m") == ("a",)  # what loads does not answer yet
+    view.put_copy(copy("m", "b"))
+    assert view.loaded_on("m") == view.lasting_on("m") == ("b",)
     view.put_instance(instance("a", READY))
-    assert view.loaded_on("m") == ("a",)
+    assert view.loaded_on("m") == ("a", "b")
+
+
+def test_a_starting_instance_is_not_routable() -> None:
+    view = view_of(model(), instance("a", STARTING), copy("m", "a"))
+    assert view.loaded_on("m") == ()
 
 
 def test_a_loading_copy_is_not_routable() -> None:
@@ -168,6 +178,7 @@ def test_the_routes_epoch_moves_with_whatever_changes_a_route_and_not_with_adver
     epoch_before_moves = view.routes_epoch
     for change in (
         lambda: view.put_vmodel(vmodel("v", "m2", "m2")),
+        lambda: view.put_instance(instance("b")) or view.put_copy(copy("m", "b")),
         lambda: view.put_instance(instance("a", DRAINING)),
         lambda: view.put_instance(instance("a")),
         lambda: view.delete_copy("m", "a"),
