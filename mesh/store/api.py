@@ -148,6 +148,13 @@ class Lease(Protocol):
         """Return when the lease is lost."""
         ...
 
+    async def keys(self) -> frozenset[str]:
+        """The keys that stand under it now; those outside the mesh's prefix are not told.
+
+        Raises LeaseNotFound when the store does not have it (any more).
+        """
+        ...
+
     async def revoke(self) -> None: ...
 
 

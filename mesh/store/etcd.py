@@ -186,7 +186,7 @@ class EtcdStore:
         except LeaseExists:
             granted_ms = int(request.TTL) * 1_000
         self._leases = {lease for lease in self._leases if not lease.lost}
-        lease = EtcdLease(self._rpc, lease_id, granted_ms, asked_at_s)
+        lease = EtcdLease(self._rpc, self._keys, lease_id, granted_ms, asked_at_s)
         self._leases.add(lease)
         return lease
 

@@ -13,7 +13,8 @@ import logging
 from typing import Final
 
 from mesh.store.api import LeaseNotFound, StoreDenied, StoreUnavailable
-from mesh.store.etcd_rpc import LEASE_KEEP_ALIVE, LEASE_REVOKE, EtcdRpc
+from mesh.store.etcd_messages import KeySpace
+from mesh.store.etcd_rpc import LEASE_KEEP_ALIVE, LEASE_REVOKE, LEASE_TIME_TO_LIVE, EtcdRpc
 from protos import etcd_pb2
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,11 @@ _RENEWALS_IN_TTL: Final = 3
 class EtcdLease:
     """See ``mesh.store.api.Lease``."""
 
-    def __init__(self, rpc: EtcdRpc, lease_id: int, ttl_ms: int, granted_at_s: float) -> None:
+    def __init__(
+        self, rpc: EtcdRpc, keys: KeySpace, lease_id: int, ttl_ms: int, granted_at_s: float
+    ) -> None:
         self._rpc = rpc
+        self._keys = keys
         self._lease_id = lease_id
         self._ttl_ms = ttl_ms
         self._lost = asyncio.Event()
@@ -53,6 +57,15 @@ class EtcdLease:
 
     async def wait_lost(self) -> None:
         await self._lost.wait()
+
+    async def keys(self) -> frozenset[str]:
+        request = etcd_pb2.LeaseTimeToLiveRequest(ID=self._lease_id, keys=True)
+        what = f"the keys of lease {self._lease_id:x}"
+        reply = await self._rpc.call(LEASE_TIME_TO_LIVE, request, what, idempotent=True)
+        if reply.TTL <= 0:
+            raise LeaseNotFound(f"lease {self._lease_id:x} has expired")
+        root = self._keys.root.encode()
+        return frozenset(self._keys.relative(key) for key in reply.keys if key.startswith(root))
 
     async def revoke(self) -> None:
         """Its keys go at once. Raises StoreUnavailable; then they go when its time is over."""

@@ -121,6 +121,11 @@ LEASE_KEEP_ALIVE: Final = Method(
     etcd_pb2.LeaseKeepAliveResponse,
     streaming=True,
 )
+LEASE_TIME_TO_LIVE: Final = Method(
+    "/etcdserverpb.Lease/LeaseTimeToLive",
+    etcd_pb2.LeaseTimeToLiveRequest,
+    etcd_pb2.LeaseTimeToLiveResponse,
+)
 AUTHENTICATE: Final = Method(
     "/etcdserverpb.Auth/Authenticate", etcd_pb2.AuthenticateRequest, etcd_pb2.AuthenticateResponse
 )
@@ -137,6 +142,7 @@ _METHODS: Final = (
     LEASE_GRANT,
     LEASE_REVOKE,
     LEASE_KEEP_ALIVE,
+    LEASE_TIME_TO_LIVE,
     AUTHENTICATE,
     STATUS,
 )

@@ -228,6 +228,11 @@ class MemoryServer:
         self._leases[lease.lease_id] = lease
         return lease
 
+    def keys_of_lease(self, lease_id: int) -> frozenset[str]:
+        if lease_id not in self._leases:
+            raise LeaseNotFound(f"lease {lease_id:x} has expired")
+        return frozenset(key for key, kv in self._data.items() if kv.lease_id == lease_id)
+
     def _drop_lease(self, lease: MemoryLease) -> None:
         """The lease ends and its keys with it; its owner is told when it can be reached."""
         self._leases.pop(lease.lease_id, None)
@@ -308,6 +313,10 @@ class MemoryLease:
 
     async def wait_lost(self) -> None:
         await self._lost.wait()
+
+    async def keys(self) -> frozenset[str]:
+        _raise(await self._server.admit(self.owner))
+        return self._server.keys_of_lease(self._lease_id)
 
     async def revoke(self) -> None:
         self.owner.leases.discard(self)

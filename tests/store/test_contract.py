@@ -275,6 +275,30 @@ async def test_a_client_that_closes_without_revoking_loses_its_keys_later(
         assert isinstance(watching.events[-1], Delete)
 
 
+async def test_a_lease_tells_what_stands_under_it(store: KVStore) -> None:
+    lease, other = await store.lease(60_000), await store.lease(60_000)
+    assert await lease.keys() == frozenset()
+    await store.txn(
+        [],
+        [
+            Put("instances/i", b"", lease_id=lease.lease_id),
+            Put("copies/m%2F1/i", b"", lease_id=lease.lease_id),
+            Put("copies/m/j", b"", lease_id=other.lease_id),
+            Put("models/m", b""),
+        ],
+    )
+    assert await lease.keys() == {"instances/i", "copies/m%2F1/i"}
+    await store.delete("copies/m%2F1/i")
+    assert await lease.keys() == {"instances/i"}
+
+
+async def test_a_lease_that_is_gone_has_no_keys_to_tell(store: KVStore) -> None:
+    lease = await store.lease(60_000)
+    await lease.revoke()
+    with pytest.raises(LeaseNotFound, match="lease"):
+        await lease.keys()
+
+
 async def test_revoking_twice_is_no_error(store: KVStore) -> None:
     lease = await store.lease(60_000)
     await lease.revoke()
