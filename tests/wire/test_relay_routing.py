@@ -10,7 +10,7 @@ import pytest
 
 from mesh.core.errors import Code, NotFound
 from mesh.wire import messages
-from mesh.wire import relay as relay_module
+from mesh.wire import relay_call
 from mesh.wire.client import RpcError
 from mesh.wire.limits import PUBLIC
 from tests.wire.relay_world import ADD, INFER, STREAM, World, hold, request
@@ -178,21 +178,21 @@ async def test_a_name_behind_much_else_is_not_looked_for_at_every_drop(world: Wo
     raw = messages.prefix(message) + message
     call = await channel.open(INFER, (), 20.0)
     scans = 0
-    real = relay_module.peek_model_name
+    real = relay_call.peek_model_name
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal scans
         scans += 1
         return real(*args, **kwargs)
 
-    relay_module.peek_model_name = counting
+    relay_call.peek_model_name = counting
     try:
         for position in range(len(raw)):
             call.send_data(raw[position : position + 1], position == len(raw) - 1)
         while call.ended is None:
             await call.wait()
     finally:
-        relay_module.peek_model_name = real
+        relay_call.peek_model_name = real
     assert call.error is None and world.dispatch.routed[0].model_name == "late"
     assert scans < 40
 
