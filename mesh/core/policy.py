@@ -107,6 +107,11 @@ class Policy:
     # Copies of one model by rate, as a share of the instances that can hold it; two are always
     # fine.
     copies_max_share: float = 0.34
+    # Copies that one decision adds at most; it never more than doubles them, since the rate of one
+    # copy is a guess about the others.
+    scale_up_copies_max: int = 8
+    # Models whose copies one instance reads from the store in one look at its rates.
+    scale_reads_max: int = 32
     # A second copy, against the loss of the first, for a model in regular use: used now, and before
     # that between these ages ago.
     second_copy_min_age_ms: int = 420_000

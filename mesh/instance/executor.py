@@ -127,11 +127,7 @@ class Executor:
         on_idle: Callable[[str], None],
         idle_wanted: Callable[[], bool],
     ) -> None:
-        self._inline_max_ns = policy.inline_max_us * 1_000
-        self._turn_max_ns = policy.inline_turn_max_us * 1_000
-        self._turn_light_ns = self._turn_max_ns // 4
-        self._held_up_ns = 8 * self._inline_max_ns
-        self._max_queued = policy.max_queued_per_copy
+        self.use_policy(policy)
         self._metrics = metrics
         self._offset_ms = clock_offset_ms
         self._on_idle = on_idle
@@ -157,6 +153,14 @@ class Executor:
         for thread in self._threads:
             thread.start()
 
+    def use_policy(self, policy: Policy) -> None:
+        """Other thresholds from now on."""
+        self._inline_max_ns = policy.inline_max_us * 1_000
+        self._turn_max_ns = policy.inline_turn_max_us * 1_000
+        self._turn_light_ns = self._turn_max_ns // 4
+        self._held_up_ns = 8 * self._inline_max_ns
+        self._max_queued = policy.max_queued_per_copy
+
     def close(self) -> None:
         for _ in self._threads:
             self._work.put(None)
@@ -173,7 +177,9 @@ class Executor:
     ) -> None:
         now_ns = perf_counter_ns()
         self.requests += 1
-        servable.use.last_used_at_ms = self._offset_ms + now_ns // 1_000_000
+        use = servable.use
+        use.last_used_at_ms = self._offset_ms + now_ns // 1_000_000
+        use.uses += 1
         size = len(message)
         if size <= INLINE_BYTES_MAX:
             size_class = size.bit_length()
