@@ -204,6 +204,13 @@ SERIES: Final[tuple[Series, ...]] = (
            ("reason",)),
     _count("loads_requested", "mesh_loads_requested_total",
            "Loads asked of instances, by outcome", _ROUTER, ("outcome",)),
+    _count("retries_refused", "mesh_retries_refused_total",
+           "Attempts that were not made again because the retry budget was used up", _ROUTER),
+    _gauge("retry_budget", "mesh_retry_budget", "Retries that the budget allows now", _ROUTER),
+    _gauge("ejected", "mesh_ejected_instances",
+           "Instances that the router passes over because they do not answer", _ROUTER),
+    _gauge("shortfall", "mesh_shortfall_copies",
+           "Copies that minimums lack, told by the elected leader only", _ROUTER),
     _gauge("waiting", "mesh_waiting_requests", "Requests that wait for a load", _ROUTER),
     _gauge("route_models", "mesh_route_table_models", "Models in the route table", _ROUTER),
     _gauge("route_copies", "mesh_route_table_copies", "Loaded copies in the route table", _ROUTER),
@@ -222,6 +229,9 @@ SERIES: Final[tuple[Series, ...]] = (
     _gauge("queued", "mesh_queued_requests", "Requests that wait for a concurrency slot",
            _INSTANCE),
     # Ours, both.
+    _count("decisions", "mesh_decisions_total",
+           "Decisions, by what was decided and why (mesh explain --decisions)", _BOTH,
+           ("kind", "reason")),
     _gauge("inflight", "mesh_inflight_requests", "Requests in flight", _BOTH),
     _gauge("connections", "mesh_connections", "Open client connections", _BOTH),
     _gauge("store_connected", "mesh_store_connected",
@@ -493,8 +503,9 @@ def _code_label(code: int) -> str:
 
 
 class RouterMetrics(_Recorder):
-    """Series of a router process. Counters: hits, misses, retries (failure), placements (reason),
-    errors (reason), loads_requested (outcome). Histogram for ``observe``: cache_miss (ms)."""
+    """Series of a router process. Counters: hits, misses, retries (failure), retries_refused,
+    placements (reason), errors (reason), loads_requested (outcome), decisions (kind, reason).
+    Histogram for ``observe``: cache_miss (ms)."""
 
     role = Role.ROUTER
     request_histograms = ("api_request", "request_size", "response_size")
@@ -523,9 +534,9 @@ class RouterMetrics(_Recorder):
 class InstanceMetrics(_Recorder):
     """Series of an instance process. Histograms for ``observe``: loadmodel, unloadmodel,
     req_queue_delay, loading_queue_delay, model_sizing, cache_miss (ms), loaded_model_size (bytes),
-    age_at_eviction (ms). Counters: loads (model_type, outcome), evictions (reason),
-    loadmodel_failure, unloadmodel_failure, unloadmodel_attempt_failure. ``used_bps`` follows from
-    ``used_bytes`` and ``capacity_bytes``."""
+    age_at_eviction (ms). Counters: loads (model_type, outcome), evictions (reason), decisions
+    (kind, reason), loadmodel_failure, unloadmodel_failure, unloadmodel_attempt_failure.
+    ``used_bps`` follows from ``used_bytes`` and ``capacity_bytes``."""
 
     role = Role.INSTANCE
     request_histograms = ("invoke_model",)

@@ -42,6 +42,9 @@ ROUTER_GAUGES = [
     "modelmesh_models_with_failure_total",
     "modelmesh_models_managed_total",
     "mesh_waiting_requests",
+    "mesh_retry_budget",
+    "mesh_ejected_instances",
+    "mesh_shortfall_copies",
     "mesh_route_table_models",
     "mesh_route_table_copies",
     "mesh_instances",
@@ -73,6 +76,8 @@ ROUTER_COUNTERS = [
     ("mesh_placements_total", ("reason",)),
     ("mesh_errors_total", ("reason",)),
     ("mesh_loads_requested_total", ("outcome",)),
+    ("mesh_retries_refused_total", ()),
+    ("mesh_decisions_total", ("kind", "reason")),
 ]
 INSTANCE_COUNTERS = [
     ("modelmesh_loadmodel_failure", ()),
@@ -80,6 +85,7 @@ INSTANCE_COUNTERS = [
     ("modelmesh_unloadmodel_attempt_failure", ()),
     ("mesh_loads_total", ("model_type", "outcome")),
     ("mesh_evictions_total", ("reason",)),
+    ("mesh_decisions_total", ("kind", "reason")),
 ]
 PROCESS = ["process_resident_memory_bytes", "process_cpu_seconds_total"]
 
@@ -108,6 +114,7 @@ def filled_router() -> RouterMetrics:
     metrics.request_done("/inference.GRPCInferenceService/ModelInfer", 0, 3.0, 400, 500)
     metrics.observe("cache_miss", 80.0)
     for key in ("models_loaded", "models_with_failure", "models_managed", "waiting",
+                "retry_budget", "ejected", "shortfall",
                 "route_models", "route_copies", "instances", "view_revision", "leader",
                 "buffered_bytes", "inflight", "connections", "store_connected"):  # fmt: skip
         metrics.gauge(key, 7)
@@ -117,6 +124,8 @@ def filled_router() -> RouterMetrics:
     metrics.counter("placements", "most free memory")
     metrics.counter("errors", "unknown-model")
     metrics.counter("loads_requested", "LOADED")
+    metrics.counter("retries_refused")
+    metrics.counter("decisions", "place", "most free memory")
     return metrics
 
 
@@ -130,6 +139,7 @@ def filled_instance() -> InstanceMetrics:
                 "loading", "queued", "inflight", "connections", "store_connected"):  # fmt: skip
         metrics.gauge(key, 7)
     metrics.counter("loads", "onnx", "LOADED")
+    metrics.counter("decisions", "evict", "lru")
     metrics.counter("evictions", "room for another")
     for key in ("loadmodel_failure", "unloadmodel_failure", "unloadmodel_attempt_failure"):
         metrics.counter(key)
