@@ -2,12 +2,14 @@
 
 The steps are ``mesh.core.loads``'; this module carries them out: it counts a placement as pending
 in the view, calls the instance, tells the view what came of it and releases the waiting requests
-in the order in which they came. A waiter that leaves never cancels a load.
+in the order in which they came. A waiter that leaves never cancels a load. A load that has no
+place right now pauses until the view changes or its time comes, as long as somebody waits for it.
 
 Bounds: ``Policy.max_waiting_per_model`` and ``max_waiting_total`` waiters (RESOURCE_EXHAUSTED past
-them), ``Policy.hops_max`` instances asked per load, and for a waiter without a deadline the load
-time-out plus ``Policy.queue_timeout_ms`` (then UNAVAILABLE). A waiter with a deadline is ended by
-whoever carries its call.
+them), those of ``mesh.core.loads`` for each load and, for a place, each waiter, and for a waiter
+without a deadline the load time-out plus ``Policy.queue_timeout_ms`` (then UNAVAILABLE). A waiter
+with a deadline is ended by whoever carries its call. A change of the view wakes paused loads in
+slices, so that many of them cost others no pause.
 """
 
 from __future__ import annotations
@@ -15,30 +17,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine
+from itertools import islice
 from typing import Any, Final, assert_never
 
 from mesh.core import loads as core
-from mesh.core.errors import Code, Internal, MeshError, ResourceExhausted, Unavailable
+from mesh.core.errors import Internal, MeshError, ResourceExhausted, Unavailable
 from mesh.core.placement import Placement
 from mesh.core.policy import Policy
 from mesh.core.types import LoadPriority
 from mesh.core.view import ClusterView
+from mesh.decision_log import DecisionLog
 from mesh.metrics import RouterMetrics
-from protos import mesh_internal_pb2 as internal
+from router.load_calls import LOAD_PATH as LOAD_PATH
+from router.load_calls import UNLOAD_PATH as UNLOAD_PATH
+from router.load_calls import LoadCalls
 from router.peers import Peers
 
 log = logging.getLogger(__name__)
 
-LOAD_PATH: Final = "/mesh.internal.v1.Instance/Load"
-UNLOAD_PATH: Final = "/mesh.internal.v1.Instance/Unload"
 # A queue that is full now has moved on when some load has ended.
 QUEUE_RETRY_MS: Final = 1_000
-_PRIORITY: Final = {
-    LoadPriority.AWAITED: internal.LoadRequest.AWAITED,
-    LoadPriority.COPY: internal.LoadRequest.COPY,
-    LoadPriority.PROACTIVE: internal.LoadRequest.PROACTIVE,
-}
-UNLOAD_TIMEOUT_S: Final = 10.0
+# Paused loads that look again in one turn of the loop: a look costs up to a millisecond.
+WAKE_SLICE: Final = 32
 
 # Called once with the instance that has the copy, or with the error.
 Ended = Callable[[str | MeshError], None]
@@ -47,28 +47,40 @@ Ended = Callable[[str | MeshError], None]
 class Waiter:
     """One request in a load's queue."""
 
-    __slots__ = ("ended", "flight", "timer")
+    __slots__ = ("asked_at_ms", "ended", "flight", "timer")
 
-    def __init__(self, flight: _Flight, ended: Ended) -> None:
+    def __init__(self, flight: _Flight, ended: Ended, asked_at_ms: int) -> None:
         self.flight: _Flight | None = flight
         self.ended = ended
+        self.asked_at_ms = asked_at_ms
         self.timer: asyncio.TimerHandle | None = None
 
 
 class _Flight:
-    """One load under way."""
+    """One load under way, or waiting for a place."""
 
-    __slots__ = ("last_used_at_ms", "model_id", "task", "waiters")
+    __slots__ = ("last_used_at_ms", "model_id", "noted_wait", "pause", "task", "waiters")
 
     def __init__(self, model_id: str, last_used_at_ms: int) -> None:
         self.model_id = model_id
         self.last_used_at_ms = last_used_at_ms
         self.waiters: dict[Waiter, None] = {}  # in the order in which they came
         self.task: asyncio.Task[None] | None = None
+        self.pause: asyncio.Future[None] | None = None  # while it waits for a place
+        self.noted_wait = ""  # the reason, so that a long wait is not noted at each look
+
+    def wake(self) -> None:
+        if self.pause is not None and not self.pause.done():
+            self.pause.set_result(None)
+
+
+def _score_unknown(model_id: str) -> float:
+    return 0.0
 
 
 class Loads:
-    """Not for more than one event loop. ``now_ms`` is the wall clock's reading."""
+    """Not for more than one event loop. ``now_ms`` is the wall clock's reading; ``avoid`` names
+    the instances that seem not to answer now; ``use_score`` is ``mesh.core.usage``'s."""
 
     def __init__(
         self,
@@ -78,13 +90,23 @@ class Loads:
         *,
         policy: Policy,
         now_ms: Callable[[], int],
+        decisions: DecisionLog | None = None,
+        avoid: Callable[[], Collection[str]] = tuple,
+        use_score: Callable[[str], float] = _score_unknown,
     ) -> None:
         self._view = view
-        self._peers = peers
         self._metrics = metrics
         self._policy = policy
         self._now_ms = now_ms
+        self._decisions = decisions
+        self._avoid = avoid
+        self._calls = LoadCalls(
+            view, peers, metrics, policy=policy, now_ms=now_ms, use_score=use_score
+        )
         self._flights: dict[str, _Flight] = {}
+        self._paused: dict[_Flight, None] = {}  # the one first that has paused the longest
+        self._to_wake = 0  # so many of them have not looked since the view changed
+        self._waking: asyncio.TimerHandle | None = None
         self._background: set[asyncio.Task[object]] = set()
         self._waiting = 0
 
@@ -97,6 +119,27 @@ class Loads:
     def under_way(self) -> tuple[str, ...]:
         """Models that are being loaded for this router."""
         return tuple(self._flights)
+
+    def use_policy(self, policy: Policy) -> None:
+        """From now on; loads under way go on under it too."""
+        self._policy = policy
+        self._calls.use_policy(policy)
+
+    def view_changed(self) -> None:
+        """Loads that wait for a place look again, soon: many changes come as one."""
+        self._to_wake = len(self._paused)
+        if self._paused and self._waking is None:
+            delay_s = self._policy.placement_retry_ms / 1_000
+            self._waking = asyncio.get_running_loop().call_later(delay_s, self._wake)
+
+    def _wake(self) -> None:
+        count = min(WAKE_SLICE, self._to_wake)
+        for flight in tuple(islice(self._paused, count)):
+            del self._paused[flight]
+            flight.wake()
+        self._to_wake = min(self._to_wake - count, len(self._paused))
+        loop = asyncio.get_running_loop()
+        self._waking = loop.call_later(0, self._wake) if self._to_wake > 0 else None
 
     # ---- waiting ----------------------------------------------------------------------------
 
@@ -116,6 +159,7 @@ class Loads:
         recorded failure, no place for it, or ResourceExhausted when too many wait.
         """
         flight = self._flights.get(model_id)
+        asked_at_ms = self._now_ms()
         waiting_here = len(flight.waiters) if flight is not None else 0
         if self._waiting >= self._policy.max_waiting_total:
             raise ResourceExhausted(
@@ -129,12 +173,12 @@ class Loads:
                 retry_after_ms=QUEUE_RETRY_MS,
             )
         if flight is None:
-            flight = self._start(model_id, exclude, last_used_at_ms)
-        waiter = Waiter(flight, ended)
+            flight = self._start(model_id, exclude, last_used_at_ms, awaited=True)
+        waiter = Waiter(flight, ended, asked_at_ms)
         flight.waiters[waiter] = None
         self._waiting += 1
         if not has_deadline:
-            timeout_ms = self._load_timeout_ms(model_id) + self._policy.queue_timeout_ms
+            timeout_ms = self._calls.timeout_ms(model_id)
             loop = asyncio.get_running_loop()
             waiter.timer = loop.call_later(timeout_ms / 1_000, self._expire, waiter, timeout_ms)
         return waiter
@@ -149,6 +193,8 @@ class Loads:
         self._waiting -= 1
         if waiter.timer is not None:
             waiter.timer.cancel()
+        if not flight.waiters:
+            flight.wake()  # nobody waits for a place any more
 
     async def load(self, model_id: str, *, last_used_at_ms: int = 0) -> str:
         """Have the model loaded and return the instance. Cancelling it cancels no load."""
@@ -172,12 +218,16 @@ class Loads:
             self.leave(waiter)
 
     def begin(self, model_id: str, *, last_used_at_ms: int = 0) -> None:
-        """Have the model loaded; nobody waits. Raises as ``wait`` does."""
+        """Have the model loaded; nobody waits, neither for the load nor for a place. Raises what
+        makes it impossible now."""
         if model_id not in self._flights and not self._view.loaded_on(model_id):
-            self._start(model_id, (), last_used_at_ms)
+            self._start(model_id, (), last_used_at_ms, awaited=False)
 
     async def close(self) -> None:
         """End all waiting with UNAVAILABLE. Loads go on in their instances."""
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
         tasks = [flight.task for flight in self._flights.values() if flight.task is not None]
         for task in (*tasks, *self._background):
             task.cancel()
@@ -193,80 +243,38 @@ class Loads:
         size_bytes: int | None,
         last_used_at_ms: int = 0,
         priority: LoadPriority = LoadPriority.AWAITED,
-    ) -> core.Outcome:
+        pin: bool = False,
+        reason: str = "",
+    ) -> core.Answer:
         """One Load call. ``size_bytes`` is None for a load that somebody else has claimed already.
 
         The view is told what came of it: a copy becomes routable at once, a failure is known.
         """
-        now_ms = self._now_ms()
-        view = self._view
-        if size_bytes is not None:
-            view.add_pending(model_id, instance_id, size_bytes=size_bytes, now_ms=now_ms)
-        request = internal.LoadRequest(
-            model_id=model_id,
-            revision=view.revision,
-            last_used_at_ms=last_used_at_ms or now_ms,
-            priority=_PRIORITY[priority],
+        return await self._calls.load(
+            model_id,
+            instance_id,
+            size_bytes=size_bytes,
+            last_used_at_ms=last_used_at_ms,
+            priority=priority,
+            pin=pin,
+            reason=reason,
         )
-        timeout_ms = self._load_timeout_ms(model_id) + self._policy.queue_timeout_ms
-        try:
-            channel = self._peers.channel(instance_id)
-            reply = await channel.unary(
-                LOAD_PATH, request.SerializeToString(), timeout_s=timeout_ms / 1_000
-            )
-            answer = internal.LoadResponse.FromString(reply.message)
-            outcome = self._outcome(model_id, instance_id, answer)
-        except MeshError as error:
-            outcome = core.Unreachable(instance_id, error.message)
-        except ValueError as error:  # protobuf's DecodeError is one
-            outcome = core.Unreachable(instance_id, f"its answer cannot be read: {error}")
-        finally:
-            view.drop_pending(model_id, instance_id)
-        self._metrics.counter("loads_requested", _label(outcome))
-        log.info("load %s on %s: %s", model_id, instance_id, outcome)
-        return outcome
 
-    def _outcome(
-        self, model_id: str, instance_id: str, answer: internal.LoadResponse
-    ) -> core.Outcome:
-        now_ms = self._now_ms()
-        match answer.outcome:
-            case internal.LoadResponse.LOADED:
-                self._view.mark_loaded(
-                    model_id,
-                    instance_id,
-                    size_bytes=answer.size_bytes,
-                    copy_revision=answer.copy_revision,
-                    now_ms=now_ms,
-                )
-                return core.Loaded(instance_id)
-            case internal.LoadResponse.CLAIMED_ELSEWHERE:
-                return core.ClaimedElsewhere(instance_id, answer.claimed_instance_id)
-            case internal.LoadResponse.FAILED:
-                known = answer.code in Code._value2member_map_ and answer.code != Code.OK
-                code = Code(answer.code) if known else Code.UNAVAILABLE
-                self._view.put_failure(
-                    core.failure_record(
-                        model_id,
-                        instance_id,
-                        code,
-                        answer.message,
-                        now_ms=now_ms,
-                        policy=self._policy,
-                    )
-                )
-                return core.Failed(instance_id, code, answer.message)
-            case internal.LoadResponse.REJECTED:
-                return core.Rejected(instance_id, answer.message)
-            case _:
-                return core.Unreachable(instance_id, f"unknown outcome {answer.outcome}")
-
-    def ask_soon(self, model_id: str, placement: Placement, *, priority: LoadPriority) -> None:
+    def ask_soon(
+        self,
+        model_id: str,
+        placement: Placement,
+        *,
+        priority: LoadPriority,
+        reason: str = "",
+        pin: bool = False,
+    ) -> None:
         """``ask`` in the background, counted as pending from now on; the view tells the rest.
 
         For loads that nobody waits for: of a minimum of copies, or ahead of the first request.
+        ``reason`` is why there is to be a copy; the placement's is why it is to be there.
         """
-        self._metrics.counter("placements", placement.reason)
+        self._note_placement(model_id, placement.instance_id, placement.reason, placement)
         self._view.add_pending(
             model_id,
             placement.instance_id,
@@ -280,6 +288,8 @@ class Loads:
                 size_bytes=placement.size_bytes,
                 last_used_at_ms=self._view.last_used_at_ms(model_id),
                 priority=priority,
+                pin=pin,
+                reason=reason or placement.reason,
             )
         )
 
@@ -288,37 +298,42 @@ class Loads:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def unload(self, model_id: str, instance_id: str) -> bool:
+    async def unload(self, model_id: str, instance_id: str, reason: str = "") -> bool:
         """Drop one copy once its requests have ended; whether it was there. Raises MeshError."""
-        request = internal.UnloadRequest(model_id=model_id)
-        reply = await self._peers.channel(instance_id).unary(
-            UNLOAD_PATH, request.SerializeToString(), timeout_s=UNLOAD_TIMEOUT_S
-        )
-        self._view.delete_copy(model_id, instance_id)
-        return bool(internal.UnloadResponse.FromString(reply.message).was_here)
+        return await self._calls.unload(model_id, instance_id, reason)
 
-    def unload_soon(self, model_id: str, instance_ids: Collection[str]) -> None:
-        """Unload copies of a model that was deleted, in the background.
+    def unload_soon(
+        self, model_id: str, instance_ids: Collection[str], reason: str = "deleted"
+    ) -> None:
+        """Unload copies in the background; unless told otherwise, of a model that was deleted.
 
         What fails here is done by the leader's sweep, which unloads copies of no model.
         """
         for instance_id in instance_ids:
-            self._in_background(self._try_unload(model_id, instance_id))
+            self._in_background(self._try_unload(model_id, instance_id, reason))
 
-    async def _try_unload(self, model_id: str, instance_id: str) -> None:
+    async def _try_unload(self, model_id: str, instance_id: str, reason: str) -> None:
         try:
-            await self.unload(model_id, instance_id)
+            await self.unload(model_id, instance_id, reason)
         except MeshError as error:
             log.info("unload %s on %s: %s", model_id, instance_id, error.message)
 
     # ---- a load -----------------------------------------------------------------------------
 
-    def _start(self, model_id: str, exclude: Collection[str], last_used_at_ms: int) -> _Flight:
+    def _start(
+        self, model_id: str, exclude: Collection[str], last_used_at_ms: int, *, awaited: bool
+    ) -> _Flight:
         """Decide the first step here and now, so that what is impossible costs no task."""
         state, step = core.first_step(
-            self._view, model_id, now_ms=self._now_ms(), policy=self._policy, exclude=exclude
+            self._view,
+            model_id,
+            now_ms=self._now_ms(),
+            policy=self._policy,
+            exclude=exclude,
+            avoid=self._avoid(),
         )
-        if isinstance(step, core.GiveUp):
+        if isinstance(step, core.GiveUp) or (isinstance(step, core.Wait) and not awaited):
+            self._note("give_up", step.reason, model_id, step.detail)
             raise step.error()
         flight = _Flight(model_id, last_used_at_ms)
         self._flights[model_id] = flight
@@ -340,27 +355,90 @@ class Loads:
     async def _steps(
         self, flight: _Flight, state: core.LoadState, step: core.Step
     ) -> str | MeshError:
+        model_id = flight.model_id
+        outcome: core.Outcome
         while True:
             match step:
                 case core.Release():
                     return step.instance_id
                 case core.GiveUp():
-                    log.warning("load %s given up (%s): %s", flight.model_id, step.reason,
-                                step.detail)  # fmt: skip
-                    return step.error()
+                    self._note("give_up", step.reason, model_id, step.detail)
+                    if step.waited:
+                        self._end_patient(flight, state.waiting_since_ms or 0, step.error())
+                    if not step.waited or not flight.waiters:
+                        return step.error()
+                    outcome = core.Waited(next(iter(flight.waiters)).asked_at_ms)
+                case core.Wait():
+                    await self._pause(flight, step)
+                    if not flight.waiters:
+                        return step.error()
+                    outcome = core.Waited(next(iter(flight.waiters)).asked_at_ms)
                 case core.AskLoad():
-                    self._metrics.counter("placements", step.reason)
+                    self._note_placement(model_id, step.instance_id, step.reason, step.placement)
                     outcome = await self.ask(
-                        flight.model_id,
+                        model_id,
                         step.instance_id,
                         size_bytes=None if step.placement is None else step.size_bytes,
                         last_used_at_ms=flight.last_used_at_ms,
+                        reason=step.reason,
                     )
                 case _:
                     assert_never(step)
             state, step = core.next_step(
-                state, outcome, self._view, now_ms=self._now_ms(), policy=self._policy
+                state,
+                outcome,
+                self._view,
+                now_ms=self._now_ms(),
+                policy=self._policy,
+                avoid=self._avoid(),
             )
+
+    async def _pause(self, flight: _Flight, step: core.Wait) -> None:
+        """Until the view has changed, the step's time has come, or nobody waits any more."""
+        if not flight.waiters:
+            return
+        if flight.noted_wait != step.reason:
+            flight.noted_wait = step.reason
+            self._note("wait", step.reason, flight.model_id, step.detail)
+        loop = asyncio.get_running_loop()
+        flight.pause = loop.create_future()
+        self._paused[flight] = None
+        timer = loop.call_later(step.retry_ms / 1_000, flight.wake)
+        try:
+            await flight.pause
+        finally:
+            timer.cancel()
+            flight.pause = None
+            self._paused.pop(flight, None)
+
+    def _end_patient(self, flight: _Flight, since_ms: int, error: MeshError) -> None:
+        """Fail those who have waited for a place as long as they may, and no others."""
+        before_ms = self._now_ms() - self._policy.placement_wait_ms
+        for waiter in tuple(flight.waiters):
+            if max(waiter.asked_at_ms, since_ms) > before_ms:
+                return  # as do all who came after it
+            if waiter.flight is not None:
+                self.leave(waiter)
+                waiter.ended(error)
+
+    def _note_placement(
+        self, model_id: str, instance_id: str, reason: str, placement: Placement | None
+    ) -> None:
+        self._metrics.counter("placements", reason)
+        if self._decisions is not None:
+            self._decisions.note(
+                "place",
+                reason,
+                model_id=model_id,
+                instance_id=instance_id,
+                runner_up=(placement.runner_up or "") if placement is not None else "",
+                detail=placement.detail if placement is not None else "",
+            )
+
+    def _note(self, kind: str, reason: str, model_id: str, detail: str) -> None:
+        if self._decisions is not None:
+            level = logging.WARNING if kind == "give_up" else logging.INFO
+            self._decisions.note(kind, reason, model_id=model_id, detail=detail, level=level)
 
     def _release(self, flight: _Flight, result: str | MeshError) -> None:
         # First, so that a waiter that comes back starts a new load instead of joining this one.
@@ -381,24 +459,3 @@ class Loads:
                 retry_after_ms=QUEUE_RETRY_MS,
             )
         )
-
-    def _load_timeout_ms(self, model_id: str) -> int:
-        model = self._view.models.get(model_id)
-        stated = model.load_timeout_ms if model is not None else None
-        return stated or self._policy.load_timeout_ms
-
-
-def _label(outcome: core.Outcome) -> str:
-    match outcome:
-        case core.Loaded():
-            return "loaded"
-        case core.ClaimedElsewhere():
-            return "claimed_elsewhere"
-        case core.Failed():
-            return "failed"
-        case core.Rejected():
-            return "rejected"
-        case core.Unreachable():
-            return "unreachable"
-        case _:
-            assert_never(outcome)

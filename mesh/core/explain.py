@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mesh.core.loads import AskLoad, GiveUp, Release, first_step
+from mesh.core.errors import Code
+from mesh.core.loads import AskLoad, GiveUp, Release, Wait, first_step
 from mesh.core.placement import Candidate, candidates
 from mesh.core.policy import Policy
 from mesh.core.routing import route
@@ -18,13 +19,14 @@ from mesh.core.status import CopyInfo, model_status
 from mesh.core.types import ModelState
 from mesh.core.view import ClusterView, Unresolved
 
-Outcome = Literal["hit", "join", "load", "refused", "not_found"]
+Outcome = Literal["hit", "join", "load", "wait", "refused", "not_found"]
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """``outcome``: ``hit`` (a copy answers), ``join`` (waits for a load under way), ``load``
-    (a load would start), ``refused`` (an error) or ``not_found``.
+    (a load would start), ``wait`` (there is no place now, but may be one soon), ``refused`` (an
+    error) or ``not_found``.
 
     ``reason`` is the label of the decision; ``detail`` says it to a person. ``candidates`` are
     the instances as a placement sees them, best first, each with its refusal if any;
@@ -41,7 +43,7 @@ class Explanation:
     instance_id: str | None = None
     runner_up: str | None = None
     target_model_id: str | None = None  # while an alias is on its way elsewhere
-    code: str = ""  # of the error, when refused or not found
+    code: str = ""  # of the error, when refused or not found, or when the wait is in vain
     copies: tuple[CopyInfo, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     inflight: tuple[tuple[str, int], ...] = ()
@@ -113,5 +115,7 @@ def _decide(
                 return "join", step.reason, detail, step.instance_id, None, ""
             placed = step.placement
             return "load", step.reason, placed.detail, step.instance_id, placed.runner_up, ""
+        case Wait():
+            return "wait", step.reason, step.detail, None, None, Code.UNAVAILABLE.name
         case GiveUp():
             return "refused", step.reason, step.detail, None, None, step.code.name

@@ -3,11 +3,17 @@
 A router runs one load per model, whoever waits; this module decides its steps:
 ``first_step`` when the first request misses, ``next_step`` after each answer of an instance. The
 shell carries a step out (``AskLoad``: count it as pending in the view and call the instance;
-``Release``: send the waiting requests there; ``GiveUp``: fail them) and feeds the outcome back.
+``Wait``: for a change of the view, or so long; ``Release``: send the waiting requests there;
+``GiveUp``: fail them) and feeds the outcome back.
+
+When there is no place right now but may be one soon (no instance is ready, all memory is busy,
+nobody answers), the load waits and looks again, with what stood in the way forgotten; only where
+the model itself failed it is not tried again.
 
 It must not call anything or keep anything: the state of a load is the frozen ``LoadState`` that
-goes in and comes out. Bounds: ``Policy.hops_max`` instances asked for one load, of which at most
-``Policy.max_load_failures`` may fail.
+goes in and comes out. Bounds: ``Policy.hops_max`` instances asked between two waits,
+``Policy.placement_wait_ms`` of waiting in all, and at most ``Policy.max_load_failures`` loads that
+fail.
 """
 
 from __future__ import annotations
@@ -16,10 +22,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
-from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError, NotFound
+from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError, NotFound, Unavailable
 from mesh.core.placement import RETRY_SOON_MS, NoPlacement, Placement, place, predict_size_bytes
 from mesh.core.policy import Policy
-from mesh.core.types import CopyState, FailureRecord, ModelRecord
+from mesh.core.types import CopyState, FailureRecord
 from mesh.core.view import ClusterView
 
 # ---- what an instance answered ----------------------------------------------------------------
@@ -66,7 +72,17 @@ class Unreachable:
     message: str
 
 
-Outcome = Loaded | ClaimedElsewhere | Failed | Rejected | Unreachable
+@dataclass(frozen=True, slots=True)
+class Waited:
+    """A ``Wait`` is over: the view has changed, or its time has. ``asked_at_ms`` is when the first
+    of the requests that still wait came; the bound is each request's own."""
+
+    asked_at_ms: int = 0
+
+
+# What a Load call comes to; and what ``next_step`` takes.
+Answer = Loaded | ClaimedElsewhere | Failed | Rejected | Unreachable
+Outcome = Answer | Waited
 
 
 # ---- what to do next --------------------------------------------------------------------------
@@ -92,14 +108,30 @@ class AskLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class Wait:
+    """No place right now, but there may be one: come back with ``Waited`` when the view has
+    changed, and after ``retry_ms`` in any case. Who does not want to wait takes ``error()``.
+    ``reason`` is a NoPlacement's or ``hops_used``."""
+
+    reason: str
+    detail: str
+    retry_ms: int
+
+    def error(self) -> MeshError:
+        return Unavailable(self.detail, retry_after_ms=RETRY_SOON_MS)
+
+
+@dataclass(frozen=True, slots=True)
 class GiveUp:
     """Fail the waiting requests with ``error()``. ``reason`` is a metric label: a NoPlacement's,
-    ``unregistered``, or ``hops_used``."""
+    ``unregistered``, or ``hops_used``. ``waited``: the first of them has waited for a place as long
+    as it may, and those who came later may go on (``Waited`` with the time of the next one)."""
 
     reason: str
     detail: str
     code: Code
     retry_after_ms: int | None = None
+    waited: bool = False
 
     def error(self) -> MeshError:
         if self.code is Code.NOT_FOUND:
@@ -109,19 +141,26 @@ class GiveUp:
         return MeshError(self.detail, code=self.code, retry_after_ms=self.retry_after_ms)
 
 
-Step = Release | AskLoad | GiveUp
+Step = Release | AskLoad | Wait | GiveUp
 
 
 @dataclass(frozen=True, slots=True)
 class LoadState:
     """One load's history. ``failures`` are what this load saw; the view may lag behind them, so
-    the shell should also put each new one into its view (``put_failure``)."""
+    the shell should also put each new one into its view (``put_failure``). ``hops`` and
+    ``excluded`` are of the time since the last wait, but that who failed stays excluded."""
 
     model_id: str
     hops: int = 0
     excluded: frozenset[str] = frozenset()
     failures: tuple[FailureRecord, ...] = ()
     last_refusal: str = ""
+    waits: int = 0
+    waiting_since_ms: int | None = None
+
+    @property
+    def failed_on(self) -> frozenset[str]:
+        return frozenset(failure.instance_id for failure in self.failures)
 
 
 # Codes of a load that failed because of the world and not because of the model.
@@ -152,21 +191,29 @@ def first_step(
     now_ms: int,
     policy: Policy,
     exclude: Collection[str] = (),
+    avoid: Collection[str] = (),
 ) -> tuple[LoadState, Step]:
-    """A request for ``model_id`` found no copy to go to, ``exclude`` are those it has tried."""
+    """A request for ``model_id`` found no copy to go to; ``exclude`` are those it has tried.
+    ``avoid``: instances that seem not to answer, for when nobody else is left."""
     state = LoadState(model_id, excluded=frozenset(exclude))
-    return _seek(state, view, now_ms, policy)
+    return _seek(state, view, now_ms, policy, avoid)
 
 
 def next_step(
-    state: LoadState, outcome: Outcome, view: ClusterView, *, now_ms: int, policy: Policy
+    state: LoadState,
+    outcome: Outcome,
+    view: ClusterView,
+    *,
+    now_ms: int,
+    policy: Policy,
+    avoid: Collection[str] = (),
 ) -> tuple[LoadState, Step]:
-    """An instance that was asked has answered (or has not)."""
+    """An instance that was asked has answered (or has not), or a wait is over."""
     match outcome:
         case Loaded():
             return state, Release(outcome.instance_id, "loaded")
         case ClaimedElsewhere():
-            return _after_claim(state, outcome, view, now_ms, policy)
+            return _after_claim(state, outcome, view, now_ms, policy, avoid)
         case Failed():
             record = failure_record(
                 state.model_id,
@@ -187,21 +234,30 @@ def next_step(
                 excluded=state.excluded | {outcome.instance_id},
                 last_refusal=f"{outcome.instance_id}: {outcome.message}",
             )
+        case Waited():
+            since_ms = max(state.waiting_since_ms or 0, outcome.asked_at_ms)
+            state = replace(state, hops=0, excluded=state.failed_on, waiting_since_ms=since_ms)
         case _:
             assert_never(outcome)
-    return _seek(state, view, now_ms, policy)
+    return _seek(state, view, now_ms, policy, avoid)
 
 
 def _after_claim(
-    state: LoadState, outcome: ClaimedElsewhere, view: ClusterView, now_ms: int, policy: Policy
+    state: LoadState,
+    outcome: ClaimedElsewhere,
+    view: ClusterView,
+    now_ms: int,
+    policy: Policy,
+    avoid: Collection[str],
 ) -> tuple[LoadState, Step]:
     """Go where the claim is: its Load joins what is under way. Where this load has been in vain
-    already, or nobody knows where, look anew: the view catches up with the claim meanwhile."""
+    already or nobody answers, or nobody knows where, look anew: the view catches up meanwhile."""
     holder = outcome.claimed_by
     refused = f"{outcome.instance_id}: claimed by {holder or 'an instance that has gone'}"
     state = replace(state, last_refusal=refused)
-    if not holder or holder in state.excluded or state.hops >= policy.hops_max:
-        return _seek(state, view, now_ms, policy)
+    in_vain = holder in state.excluded or holder in avoid
+    if not holder or in_vain or state.hops >= policy.hops_max:
+        return _seek(state, view, now_ms, policy, avoid)
     model = view.models.get(state.model_id)
     if model is None:
         return state, _unregistered(state.model_id)
@@ -209,41 +265,74 @@ def _after_claim(
 
 
 def _seek(
-    state: LoadState, view: ClusterView, now_ms: int, policy: Policy
+    state: LoadState, view: ClusterView, now_ms: int, policy: Policy, avoid: Collection[str]
 ) -> tuple[LoadState, Step]:
-    """A copy that is there, else one on its way, else a place for a new one."""
+    """A copy that is there, else one on its way, else a place for a new one; and all three
+    anywhere rather than on an instance to be avoided."""
     model = view.models.get(state.model_id)
     if model is None:
         return state, _unregistered(state.model_id)
-    for instance_id in view.loaded_on(model.model_id):
-        if instance_id not in state.excluded:
+    loaded = [i for i in view.loaded_on(model.model_id) if i not in state.excluded]
+    for instance_id in loaded:
+        if instance_id not in avoid:
             return state, Release(instance_id, "copy_appeared")
     if failed := _final_failure(state, view, now_ms, policy):
         return state, failed
+    size_bytes = predict_size_bytes(model, policy)
+    loading = _loading_on(state, view)
+    joined = next((i for i in loading if i not in avoid), None)
+    if joined and state.hops < policy.hops_max:
+        return _ask(state, AskLoad(joined, "join_loading", size_bytes))
+    placed = place(view, model, now_ms=now_ms, policy=policy, exclude=state.excluded, avoid=avoid)
+    found = isinstance(placed, Placement) and placed.instance_id not in avoid
+    if loaded and not (found and state.hops < policy.hops_max):
+        return state, Release(loaded[0], "copy_appeared")
     if state.hops >= policy.hops_max:
-        return state, _hops_used(state)
-    if joined := _loading_on(state, view):
-        return _ask(state, AskLoad(joined, "join_loading", predict_size_bytes(model, policy)))
-    placed = place(view, model, now_ms=now_ms, policy=policy, exclude=state.excluded)
-    if isinstance(placed, NoPlacement):
-        return state, _give_up(state, model, placed, now_ms)
-    return _ask(state, AskLoad(placed.instance_id, placed.reason, placed.size_bytes, placed))
+        return _wait_or_give_up(state, _hops_used(state), now_ms, policy)
+    if loading and not found:
+        return _ask(state, AskLoad(loading[0], "join_loading", size_bytes))
+    if isinstance(placed, Placement):
+        return _ask(state, AskLoad(placed.instance_id, placed.reason, placed.size_bytes, placed))
+    if placed.retryable and placed.reason != "load_failed" and not _only_failures_left(state):
+        return _wait_or_give_up(state, _nowhere(state, placed, now_ms), now_ms, policy)
+    return state, _nowhere(state, placed, now_ms)
+
+
+def _only_failures_left(state: LoadState) -> bool:
+    """The model failed here and there, and nobody else stood in the way: waiting helps nothing."""
+    return bool(state.failures) and state.excluded <= state.failed_on
+
+
+def _wait_or_give_up(
+    state: LoadState, nowhere: GiveUp, now_ms: int, policy: Policy
+) -> tuple[LoadState, Step]:
+    since_ms = now_ms if state.waiting_since_ms is None else state.waiting_since_ms
+    left_ms = since_ms + policy.placement_wait_ms - now_ms
+    if left_ms <= 0:
+        return state, replace(nowhere, waited=state.waiting_since_ms is not None)
+    # Doubled as long as that says anything: the shift is bounded, the number of waits is not.
+    doubled_ms = policy.placement_retry_ms << min(state.waits, 16)
+    retry_ms = max(1, min(doubled_ms, policy.placement_retry_max_ms, left_ms))
+    state = replace(state, waits=state.waits + 1, waiting_since_ms=since_ms)
+    return state, Wait(nowhere.reason, nowhere.detail, retry_ms)
 
 
 def _ask(state: LoadState, step: AskLoad) -> tuple[LoadState, Step]:
     return replace(state, hops=state.hops + 1), step
 
 
-def _loading_on(state: LoadState, view: ClusterView) -> str | None:
-    """The READY instance that has been loading the longest and was not tried in vain."""
-    loading = [
-        (copy.claimed_at_ms, copy.instance_id)
-        for copy in view.copies_of(state.model_id)
-        if copy.state is CopyState.LOADING
-        and copy.instance_id not in state.excluded
-        and view.instances[copy.instance_id].ready
+def _loading_on(state: LoadState, view: ClusterView) -> list[str]:
+    """READY instances that load it and were not tried in vain, the one first that began first."""
+    return [
+        instance_id
+        for _, instance_id in sorted(
+            (copy.claimed_at_ms, copy.instance_id)
+            for copy in view.copies_of(state.model_id)
+            if copy.state is CopyState.LOADING
+            and copy.instance_id not in state.excluded
+            and view.instances[copy.instance_id].ready
+        )
     ]
-    return min(loading)[1] if loading else None
 
 
 def _final_failure(
@@ -252,19 +341,19 @@ def _final_failure(
     """Enough instances have failed, counting what the view does not show yet."""
     if not state.failures:
         return None  # ``place`` looks at the view's
-    failed_on = {f.instance_id for f in state.failures}
+    failed_on = set(state.failed_on)
     failed_on |= {f.instance_id for f in view.failures_of(state.model_id, now_ms)}
     if len(failed_on) < policy.max_load_failures:
         return None
     return _failed(state.failures[0], now_ms)
 
 
-def _give_up(state: LoadState, model: ModelRecord, nowhere: NoPlacement, now_ms: int) -> GiveUp:
+def _nowhere(state: LoadState, nowhere: NoPlacement, now_ms: int) -> GiveUp:
     """This load's own failure tells a client more than "no instance is left"."""
     if nowhere.reason in ("all_excluded", "load_failed", "draining") and state.failures:
         return _failed(state.failures[0], now_ms)
     detail = nowhere.detail
-    if state.last_refusal and nowhere.reason == "all_excluded":
+    if state.last_refusal and nowhere.retryable and nowhere.reason != "load_failed":
         detail += f"; last answer: {state.last_refusal}"
     return GiveUp(nowhere.reason, detail, nowhere.code, nowhere.retry_after_ms)
 

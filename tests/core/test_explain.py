@@ -66,6 +66,11 @@ def test_a_refusal_has_the_code_and_the_cause() -> None:
     assert found.errors == ("a: FAILED_PRECONDITION: bad magic",)
 
 
+def test_without_a_place_it_waits_and_the_code_is_what_a_wait_in_vain_ends_with() -> None:
+    found = explained("m", model())
+    assert (found.outcome, found.reason, found.code) == ("wait", "no_instances", "UNAVAILABLE")
+
+
 def test_an_unknown_name_is_an_answer() -> None:
     found = explained("nope")
     assert (found.outcome, found.code, found.state) == (

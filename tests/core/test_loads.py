@@ -18,6 +18,8 @@ from mesh.core.loads import (
     Release,
     Step,
     Unreachable,
+    Wait,
+    Waited,
     failure_record,
     first_step,
     next_step,
@@ -163,23 +165,9 @@ def test_a_failure_on_the_only_instance_is_final() -> None:
     assert final.error().retryable
 
 
-def test_a_refusal_is_tried_elsewhere_and_then_may_be_tried_again() -> None:
+def test_a_refusal_is_tried_elsewhere() -> None:
     load = Load(instance("a"), instance("b", used_bytes=50))
     assert ask(load.answer(Rejected("a", "no room"))).instance_id == "b"
-    final = gave_up(load.answer(Rejected("b", "draining")))
-    assert (final.reason, final.code) == ("all_excluded", Code.UNAVAILABLE)
-    assert "b: draining" in final.detail
-    assert final.error().retryable and final.retry_after_ms
-
-
-def test_hops_are_bounded() -> None:
-    load = Load(*(instance(f"i{n}") for n in range(9)))
-    while isinstance(load.step, AskLoad):
-        load.answer(Unreachable(load.asked[-1], "connection refused"))
-    final = gave_up(load.step)
-    assert (final.reason, final.code) == ("hops_used", Code.UNAVAILABLE)
-    assert len(load.asked) == POLICY.hops_max
-    assert "connection refused" in final.detail
 
 
 def test_a_model_that_was_unregistered_meanwhile_is_not_found() -> None:
@@ -226,23 +214,35 @@ def test_any_script_of_answers_ends_within_the_bounds(
     script: list[str], data: st.DataObject
 ) -> None:
     view = view_of(model(), *(instance(i) for i in IDS))
-    state, step = first_step(view, "m", now_ms=NOW, policy=POLICY)
+    now_ms, state, step = NOW, *first_step(view, "m", now_ms=NOW, policy=POLICY)
     asked = 0
-    in_vain: set[str] = set()
-    for kind in [*script, *["rejected"] * 20]:
-        if not isinstance(step, AskLoad):
-            break
-        asked += 1
-        where = step.instance_id
-        assert where not in in_vain
-        outcome = scripted(kind, where, data)
-        if kind in ("failed", "rejected", "unreachable"):
-            in_vain.add(where)
-        state, step = next_step(state, outcome, view, now_ms=NOW, policy=POLICY)
+    in_vain: set[str] = set()  # since the last wait
+    failed: list[str] = []
+    for kind in [*script, *["rejected"] * 200]:
+        match step:
+            case Wait():
+                assert 0 < step.retry_ms <= POLICY.placement_retry_max_ms
+                now_ms += step.retry_ms
+                asked, in_vain = 0, set(failed)
+                outcome: Outcome = Waited()
+            case AskLoad():
+                asked += 1
+                assert asked <= POLICY.hops_max
+                assert step.instance_id not in in_vain
+                outcome = scripted(kind, step.instance_id, data)
+                if kind in ("failed", "rejected", "unreachable"):
+                    in_vain.add(step.instance_id)
+                if kind == "failed":
+                    failed.append(step.instance_id)
+            case _:
+                break
+        state, step = next_step(state, outcome, view, now_ms=now_ms, policy=POLICY)
         assert_consistent(state, view)
-    assert not isinstance(step, AskLoad)
-    assert asked <= POLICY.hops_max
-    assert len(state.failures) <= POLICY.max_load_failures
+    assert isinstance(step, GiveUp | Release), "it ends"
+    assert now_ms - NOW <= POLICY.placement_wait_ms
+    assert len(failed) == len(set(failed)) <= POLICY.max_load_failures, (
+        "never again where it failed"
+    )
 
 
 def scripted(kind: str, where: str, data: st.DataObject) -> Outcome:

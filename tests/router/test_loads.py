@@ -12,6 +12,9 @@ from mesh.core.types import CopyState
 from mesh.wire.client import RpcError
 from protos import mesh_internal_pb2 as internal
 
+# What waits for a place is in test_loads_wait.py.
+IMPATIENT = Policy(placement_wait_ms=0)
+
 
 def failed(code: Code, message: str) -> internal.LoadResponse:
     return internal.LoadResponse(outcome="FAILED", code=int(code), message=message)
@@ -146,6 +149,7 @@ async def test_a_copy_that_the_view_shows_loading_is_joined(world) -> None:
 
 @pytest.mark.parametrize("answer", [rejected(), RpcError(Code.UNAVAILABLE, "connection refused")])
 async def test_an_instance_that_does_not_try_is_passed_over(world, answer) -> None:
+    world.build(IMPATIENT)
     for instance_id in ("a", "b"):
         world.instance(instance_id)
     world.model("m")
@@ -223,14 +227,6 @@ def test_a_model_larger_than_any_instance_is_final_and_asks_nobody(world) -> Non
     assert world.asked == []
 
 
-def test_without_instances_the_answer_is_retryable(world) -> None:
-    world.model("m")
-    call = world.call("m")
-    assert call.error is not None
-    assert call.error.code is Code.UNAVAILABLE
-    assert call.error.retry_after_ms
-
-
 async def test_a_model_deleted_while_it_loads_is_not_found(world) -> None:
     world.instance("a")
     world.model("m")
@@ -246,6 +242,7 @@ async def test_a_model_deleted_while_it_loads_is_not_found(world) -> None:
 
 
 async def test_an_answer_that_cannot_be_read_does_not_hang_the_waiters(world) -> None:
+    world.build(IMPATIENT)
     world.instance("a")
     world.model("m")
     world.script("a", internal.LoadResponse())
