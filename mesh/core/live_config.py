@@ -42,11 +42,6 @@ def type_constraints(value: Mapping[str, object]) -> dict[str, TypeConstraint]:
     return found
 
 
-def any_type_constraint(by_type: Mapping[str, TypeConstraint]) -> TypeConstraint | None:
-    """For a format that has no entry of its own."""
-    return by_type.get(ANY_TYPE)
-
-
 def _labels(parts: Mapping[str, object], model_type: str, part: str) -> tuple[str, ...]:
     labels = parts.get(part, [])
     if not isinstance(labels, list | tuple) or not all(isinstance(x, str) and x for x in labels):
@@ -55,3 +50,35 @@ def _labels(parts: Mapping[str, object], model_type: str, part: str) -> tuple[st
             f"found {labels!r:.80}"
         )
     return tuple(labels)
+
+
+class LiveConfig:
+    """Settings by name, and what they mean to placement: part of a view."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Mapping[str, object]] = {}
+        self.type_constraints: dict[str, TypeConstraint] = {}
+
+    def put(self, name: str, value: Mapping[str, object]) -> None:
+        """Raises InvalidArgument for type constraints that make no sense; nothing changes then."""
+        if name == TYPE_CONSTRAINTS:
+            self.type_constraints = type_constraints(value)
+        self.by_name[name] = value
+
+    def delete(self, name: str) -> None:
+        self.by_name.pop(name, None)
+        if name == TYPE_CONSTRAINTS:
+            self.type_constraints = {}
+
+    def replace(self, values: Mapping[str, Mapping[str, object]]) -> None:
+        """A snapshot: what it does not hold is gone."""
+        for name in [known for known in self.by_name if known not in values]:
+            self.delete(name)
+        for name, value in values.items():
+            self.put(name, value)
+
+    def constraint_of(self, model_type: str) -> TypeConstraint | None:
+        """Of the format, or of ``_default``."""
+        if not self.type_constraints:
+            return None
+        return self.type_constraints.get(model_type) or self.type_constraints.get(ANY_TYPE)

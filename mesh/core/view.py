@@ -19,11 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Final, Literal
+from dataclasses import replace
+from typing import Final
 
-from mesh.core.live_config import TYPE_CONSTRAINTS, any_type_constraint, type_constraints
+from mesh.core.aliases import Aliases
+from mesh.core.failure_index import FailureIndex
+from mesh.core.live_config import LiveConfig
+from mesh.core.replacement import ReplicaSets
+from mesh.core.resolving import Resolved, Unresolved, resolve
 from mesh.core.slots import InstanceSlot, PendingLoad
 from mesh.core.types import (
     CopyRecord,
@@ -35,27 +38,11 @@ from mesh.core.types import (
     TypeConstraint,
     VModelRecord,
 )
+from mesh.core.uses_told import UsesTold
+
+__all__ = ["FAMILIES", "ClusterView", "Resolved", "Unresolved"]
 
 FAMILIES: Final = frozenset({"models", "vmodels", "instances", "copies", "failures"})
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """``name`` means ``model``; ``via`` tells whether through an alias or directly."""
-
-    name: str
-    model_id: str
-    via: Literal["vmodel", "model"]
-    model: ModelRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Unresolved:
-    """No such name. ``reason``: ``unknown_name`` or ``dangling_alias``."""
-
-    name: str
-    reason: Literal["unknown_name", "dangling_alias"]
-    detail: str
 
 
 class ClusterView:
@@ -65,6 +52,8 @@ class ClusterView:
         self.models: dict[str, ModelRecord] = {}
         self.vmodels: dict[str, VModelRecord] = {}
         self.instances: dict[str, InstanceSlot] = {}
+        # Generations of each group of instances: which are about to be replaced.
+        self.replicas = ReplicaSets()
         # Store revision up to which the copies are known: what a Load request carries.
         self.revision = 0
         # Grows whenever a name may resolve or route differently: the key of a router's hot table.
@@ -72,20 +61,16 @@ class ClusterView:
         self._copies: dict[str, dict[str, CopyRecord]] = {}  # model id -> instance id -> record
         self._absent: dict[str, dict[str, CopyRecord]] = {}  # instance without a record -> copies
         self._loaded: dict[str, tuple[str, ...]] = {}  # model id -> routable instances, sorted
-        self._failures: dict[str, dict[str, FailureRecord]] = {}
-        self._aliases: dict[str, tuple[str, ...]] = {}  # model id -> names that mean it
-        self._moving: set[str] = set()  # names whose target is not what answers
+        self._failures = FailureIndex()
+        self._aliases = Aliases()
         self._unaliased: set[str] = set()  # auto_delete models that no alias names
         self._wanting: set[str] = set()  # models with a minimum number of copies
         self._pending_on: dict[str, tuple[str, ...]] = {}  # model id -> instances asked, sorted
         self._marks: dict[tuple[str, str], int] = {}  # locally known LOADED -> claim's revision
-        self._last_used: dict[str, int] = {}  # models never used are absent
-        self._use_scores: dict[str, float] = {}  # the largest told
-        self._flushed: dict[str, int] = {}  # instance with a blob -> the latest use in it
+        self._uses = UsesTold()
         self._seen: set[str] = set()
-        # Live settings by name, as they stand in the store; what they mean is their readers'.
-        self.config: dict[str, Mapping[str, object]] = {}
-        self.type_constraints: dict[str, TypeConstraint] = {}
+        # Live settings, as they stand in the store.
+        self._settings = LiveConfig()
 
     # ---- models ---------------------------------------------------------------------------
 
@@ -94,10 +79,9 @@ class ClusterView:
         if model_id not in self.models:
             self.routes_epoch += 1
         self.models[model_id] = record
-        if record.last_used_at_ms > self._last_used.get(model_id, 0):
-            self._last_used[model_id] = record.last_used_at_ms
+        self._uses.tell(model_id, record.last_used_at_ms)
         _keep(self._wanting, model_id, record.pinned or record.min_copies > 1)
-        _keep(self._unaliased, model_id, record.auto_delete and model_id not in self._aliases)
+        _keep(self._unaliased, model_id, record.auto_delete and not self._aliases.of(model_id))
 
     def delete_model(self, model_id: str) -> None:
         """Unregister. Copies and failures go by their own events."""
@@ -105,8 +89,7 @@ class ClusterView:
             self.routes_epoch += 1
         self._wanting.discard(model_id)
         self._unaliased.discard(model_id)
-        self._last_used.pop(model_id, None)
-        self._use_scores.pop(model_id, None)
+        self._uses.forget(model_id)
 
     def replace_models(self, records: Iterable[ModelRecord]) -> None:
         """A snapshot: what it does not hold is gone."""
@@ -117,95 +100,88 @@ class ClusterView:
         for record in fresh.values():
             self.put_model(record)
 
+    # ---- uses -----------------------------------------------------------------------------
+
     def put_last_used(self, instance_id: str, last_used_at_ms: Mapping[str, int]) -> None:
         """Merge one instance's flushed blob; the latest instant wins."""
-        self._flushed[instance_id] = max(last_used_at_ms.values(), default=0)
+        self._uses.put_blob(instance_id, max(last_used_at_ms.values(), default=0))
         for model_id, at_ms in last_used_at_ms.items():
-            if model_id in self.models and at_ms > self._last_used.get(model_id, 0):
-                self._last_used[model_id] = at_ms
+            if model_id in self.models:
+                self._uses.tell(model_id, at_ms)
 
     def delete_last_used(self, instance_id: str) -> None:
         """The blob is gone; what it told is kept."""
-        self._flushed.pop(instance_id, None)
+        self._uses.delete_blob(instance_id)
 
     def replace_last_used(self, blobs: Mapping[str, Mapping[str, int]]) -> None:
-        self._flushed.clear()
+        self._uses.clear_blobs()
         for instance_id, blob in blobs.items():
             self.put_last_used(instance_id, blob)
-
-    def flushed_by_the_gone(self) -> Iterator[tuple[str, int]]:
-        """(instance that is not there, the latest use in the blob that it left behind)."""
-        return (item for item in self._flushed.items() if item[0] not in self.instances)
 
     def put_use_scores(self, scores: Mapping[str, float]) -> None:
         """Merge what one blob tells of how much models are used; the largest wins."""
         for model_id, score in scores.items():
-            if model_id in self.models and score > self._use_scores.get(model_id, 0.0):
-                self._use_scores[model_id] = score
+            if model_id in self.models:
+                self._uses.tell_score(model_id, score)
+
+    def flushed_by_the_gone(self) -> Iterator[tuple[str, int]]:
+        """(instance that is not there, the latest use in the blob that it left behind)."""
+        return (item for item in self._uses.blobs() if item[0] not in self.instances)
 
     @property
     def last_used(self) -> Mapping[str, int]:
         """Last uses that the store told of, by model id; models never used are absent."""
-        return MappingProxyType(self._last_used)
+        return self._uses.last_used
 
     def last_used_at_ms(self, model_id: str) -> int:
         """The latest use that the store told of; 0 when never."""
-        return self._last_used.get(model_id, 0)
+        return self._uses.last_used.get(model_id, 0)
 
     def use_score(self, model_id: str) -> float:
         """How much it is used (``mesh.core.usage``), the largest told; 0.0 when unknown."""
-        return self._use_scores.get(model_id, 0.0)
+        return self._uses.score(model_id)
 
     # ---- live settings --------------------------------------------------------------------
 
-    def put_config(self, name: str, value: Mapping[str, object]) -> None:
-        """Raises InvalidArgument for type constraints that make no sense; nothing changes then."""
-        if name == TYPE_CONSTRAINTS:
-            self.type_constraints = type_constraints(value)
-        self.config[name] = value
+    @property
+    def config(self) -> Mapping[str, Mapping[str, object]]:
+        """By name, as they stand in the store; what they mean is their readers'."""
+        return self._settings.by_name
 
-    def delete_config(self, name: str) -> None:
-        self.config.pop(name, None)
-        if name == TYPE_CONSTRAINTS:
-            self.type_constraints = {}
-
-    def replace_configs(self, values: Mapping[str, Mapping[str, object]]) -> None:
-        for name in [known for known in self.config if known not in values]:
-            self.delete_config(name)
-        for name, value in values.items():
-            self.put_config(name, value)
+    @property
+    def type_constraints(self) -> Mapping[str, TypeConstraint]:
+        """By format; ``_default`` is for those that are not named."""
+        return self._settings.type_constraints
 
     def constraint_of(self, model_type: str) -> TypeConstraint | None:
         """What instances must and should have to run that format."""
-        if not self.type_constraints:
-            return None
-        return self.type_constraints.get(model_type) or any_type_constraint(self.type_constraints)
+        return self._settings.constraint_of(model_type)
+
+    def put_config(self, name: str, value: Mapping[str, object]) -> None:
+        """Raises InvalidArgument for type constraints that make no sense; nothing changes then."""
+        self._settings.put(name, value)
+
+    def delete_config(self, name: str) -> None:
+        self._settings.delete(name)
+
+    def replace_configs(self, values: Mapping[str, Mapping[str, object]]) -> None:
+        self._settings.replace(values)
 
     # ---- vmodels --------------------------------------------------------------------------
 
     def put_vmodel(self, record: VModelRecord) -> None:
-        old = self.vmodels.get(record.name)
+        before = self.vmodels.get(record.name)
         self.vmodels[record.name] = record
-        _keep(self._moving, record.name, record.target_model_id != record.active_model_id)
-        if old is not None and _named(old) == _named(record):
-            if old.active_model_id != record.active_model_id:
-                self.routes_epoch += 1
-            return
-        self.routes_epoch += 1
-        if old is not None:
-            self._unname(old, keep=_named(record))
-        for model_id in _named(record):
-            names = self._aliases.get(model_id, ())
-            if record.name not in names:
-                self._aliases[model_id] = (*names, record.name)
-            self._unaliased.discard(model_id)
+        renamed = self._aliases.put(record, before)
+        if renamed or before is None or before.active_model_id != record.active_model_id:
+            self.routes_epoch += 1
+        self._judge_unaliased(renamed)
 
     def delete_vmodel(self, name: str) -> None:
         record = self.vmodels.pop(name, None)
-        self._moving.discard(name)
         if record is not None:
             self.routes_epoch += 1
-            self._unname(record, keep=frozenset())
+            self._judge_unaliased(self._aliases.delete(record))
 
     def replace_vmodels(self, records: Iterable[VModelRecord]) -> None:
         self._seen.add("vmodels")
@@ -215,15 +191,11 @@ class ClusterView:
         for record in fresh.values():
             self.put_vmodel(record)
 
-    def _unname(self, record: VModelRecord, *, keep: frozenset[str]) -> None:
-        for model_id in _named(record) - keep:
-            left = tuple(n for n in self._aliases.get(model_id, ()) if n != record.name)
-            if left:
-                self._aliases[model_id] = left
-                continue
-            self._aliases.pop(model_id, None)
+    def _judge_unaliased(self, model_ids: Iterable[str]) -> None:
+        for model_id in model_ids:
             model = self.models.get(model_id)
-            _keep(self._unaliased, model_id, model is not None and model.auto_delete)
+            orphan = model is not None and model.auto_delete and not self._aliases.of(model_id)
+            _keep(self._unaliased, model_id, orphan)
 
     # ---- instances ------------------------------------------------------------------------
 
@@ -232,13 +204,15 @@ class ClusterView:
         slot = self.instances.get(instance_id)
         if slot is None:
             slot = self.instances[instance_id] = InstanceSlot(record)
+            self.replicas.put(record, None)
             for copy in self._absent.pop(instance_id, {}).values():
                 slot.add_copy(copy)
             self._refresh_routes(slot)
             return
-        state_before = slot.record.state
-        slot.record = record
-        if record.state is not state_before:
+        before = slot.record
+        slot.put_record(record)
+        self.replicas.put(record, before)
+        if record.state is not before.state:
             self._refresh_routes(slot)
 
     def delete_instance(self, instance_id: str) -> None:
@@ -246,6 +220,7 @@ class ClusterView:
         slot = self.instances.pop(instance_id, None)
         if slot is None:
             return
+        self.replicas.remove(slot.record)
         for model_id in tuple(slot.pending):
             self._end_pending(slot, model_id)
         if slot.copies:
@@ -366,21 +341,24 @@ class ClusterView:
     # ---- failures -------------------------------------------------------------------------
 
     def put_failure(self, record: FailureRecord) -> None:
-        self._failures.setdefault(record.model_id, {})[record.instance_id] = record
+        self._failures.put(record)
 
     def delete_failure(self, model_id: str, instance_id: str) -> None:
-        by_instance = self._failures.get(model_id)
-        if by_instance is None:
-            return
-        by_instance.pop(instance_id, None)
-        if not by_instance:
-            del self._failures[model_id]
+        self._failures.delete(model_id, instance_id)
 
     def replace_failures(self, records: Iterable[FailureRecord]) -> None:
         self._seen.add("failures")
-        self._failures = {}
+        self._failures = FailureIndex()
         for record in records:
-            self.put_failure(record)
+            self._failures.put(record)
+
+    def failures_of(self, model_id: str, now_ms: int) -> tuple[FailureRecord, ...]:
+        """Unexpired failures, the latest first."""
+        return self._failures.of(model_id, now_ms)
+
+    def all_failures(self) -> Iterator[FailureRecord]:
+        """Every failure record, expired ones too."""
+        return self._failures.all()
 
     # ---- this router's pending placements -------------------------------------------------
 
@@ -443,20 +421,7 @@ class ClusterView:
 
     def resolve(self, name: str) -> Resolved | Unresolved:
         """An alias of that name first, then a model of that id."""
-        vmodel = self.vmodels.get(name)
-        if vmodel is None:
-            model = self.models.get(name)
-            if model is None:
-                return Unresolved(name, "unknown_name", f"model not found: {name!r}")
-            return Resolved(name, name, "model", model)
-        model = self.models.get(vmodel.active_model_id)
-        if model is None:
-            detail = (
-                f"model not found: {name!r} names model {vmodel.active_model_id!r}, "
-                "which is not registered"
-            )
-            return Unresolved(name, "dangling_alias", detail)
-        return Resolved(name, model.model_id, "vmodel", model)
+        return resolve(name, self.models, self.vmodels)
 
     def loaded_on(self, model_id: str) -> tuple[str, ...]:
         """Ids of READY instances with a LOADED copy, sorted; when there is none, of DRAINING ones,
@@ -488,27 +453,13 @@ class ClusterView:
         """Ids of models with a copy somewhere, registered or not."""
         return self._copies.keys()
 
-    def failures_of(self, model_id: str, now_ms: int) -> tuple[FailureRecord, ...]:
-        """Unexpired failures, the latest first."""
-        by_instance = self._failures.get(model_id)
-        if not by_instance:
-            return ()
-        unexpired = [f for f in by_instance.values() if f.expires_at_ms > now_ms]
-        unexpired.sort(key=lambda f: (-f.failed_at_ms, f.instance_id))
-        return tuple(unexpired)
-
-    def all_failures(self) -> Iterator[FailureRecord]:
-        """Every failure record, expired ones too."""
-        for by_instance in self._failures.values():
-            yield from by_instance.values()
-
     def aliases_of(self, model_id: str) -> tuple[str, ...]:
         """Names whose active or target model this is."""
-        return self._aliases.get(model_id, ())
+        return self._aliases.of(model_id)
 
     def vmodels_in_transition(self) -> Iterable[str]:
         """Names whose target is not yet what answers."""
-        return self._moving
+        return self._aliases.moving
 
     def unaliased_models(self) -> Iterable[str]:
         """Ids of ``auto_delete`` models that no alias names."""
@@ -528,10 +479,6 @@ class ClusterView:
             f"instances={len(self.instances)} loaded={len(self._loaded)} "
             f"revision={self.revision} synced={self.synced})"
         )
-
-
-def _named(record: VModelRecord) -> frozenset[str]:
-    return frozenset((record.active_model_id, record.target_model_id))
 
 
 def _keep(ids: set[str], model_id: str, wanted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import orjson
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.core.errors import InvalidArgument
+from mesh.core.names import check_model_id
 from mesh.core.types import (
     CopyRecord,
     CopyState,
@@ -25,11 +27,15 @@ from mesh.registry import (
     Key,
     Record,
     RecordError,
+    config_key,
     copies_prefix,
     copy_key,
     decode,
+    decode_config,
     decode_last_used,
+    decode_uses,
     encode,
+    encode_config,
     encode_last_used,
     failures_prefix,
     key_of,
@@ -60,6 +66,9 @@ models = st.builds(
     pinned=st.booleans(),
     max_concurrency=st.none() | integers,
     load_timeout_ms=st.none() | integers,
+    idle_unload_ms=st.none() | integers,
+    required_labels=st.lists(texts, max_size=3).map(tuple),
+    preferred_labels=st.lists(texts, max_size=3).map(tuple),
     auto_delete=st.booleans(),
     labels=labels,
     created_at_ms=integers,
@@ -89,6 +98,9 @@ instances = st.builds(
     model_types=st.lists(texts, max_size=3).map(tuple),
     labels=st.lists(texts, max_size=3).map(tuple),
     zone=texts,
+    group=texts,
+    replica_set=texts,
+    victim_score=st.floats(0.0, 1e7),
     version=versions,
     extra=extras,
 )
@@ -100,6 +112,7 @@ copies = st.builds(
     size_bytes=integers,
     claimed_at_ms=integers,
     loaded_at_ms=integers,
+    pinned=st.booleans(),
     version=versions,
     extra=extras,
 )
@@ -220,9 +233,65 @@ def test_a_name_that_cannot_be_a_key_is_refused(name: str) -> None:
         model_key(name)
 
 
-@given(st.dictionaries(names, integers, max_size=5))
-def test_last_uses_survive(last_used_at_ms: dict[str, int]) -> None:
+ids = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
+
+
+@given(
+    st.dictionaries(ids, integers, max_size=5),
+    st.dictionaries(ids, st.floats(0.0, 1e6), max_size=5),
+)
+def test_last_uses_and_use_scores_survive(
+    last_used_at_ms: dict[str, int], scores: dict[str, float]
+) -> None:
     assert decode_last_used("i", encode_last_used(last_used_at_ms)) == last_used_at_ms
+    value = encode_last_used(last_used_at_ms, scores)
+    assert decode_last_used("i", value) == last_used_at_ms
+    uses = decode_uses("i", value)
+    assert uses.last_used_at_ms == last_used_at_ms
+    assert uses.scores == pytest.approx(scores, abs=0.001)
+
+
+def test_the_version_before_reads_a_blob_with_use_scores_and_takes_them_for_unknown_models() -> (
+    None
+):
+    value = encode_last_used({"m": 1_700_000_000_000}, {"m": 472_222.5})
+    seen_before = json.loads(value)  # all that it did: whole numbers, by a model's id
+    assert all(type(told) is int for told in seen_before.values())
+    assert seen_before.pop("m") == max(json.loads(value).values()) == 1_700_000_000_000
+    (unknown,) = seen_before
+    with pytest.raises(InvalidArgument):
+        check_model_id(unknown)  # no registered model is meant by accident
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        pytest.param("policy", b"[]", "not a JSON object", id="a policy is an object"),
+        pytest.param(
+            "type_constraints", b'{"onnx": []}', "type_constraints.onnx: expected an object",
+            id="constraints of a type are an object",
+        ),
+        pytest.param(
+            "type_constraints", b'{"onnx": {"require": []}}', "unknown field 'require'",
+            id="a misspelt part is named",
+        ),
+        pytest.param(
+            "type_constraints", b'{"onnx": {"required": "gpu"}}', "onnx.required: expected a list",
+            id="labels are a list",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_live_setting_is_named(name: str, value: bytes, problem: str) -> None:
+    with pytest.raises(RecordError, match=f"config/{name}") as caught:
+        decode_config(name, value)
+    assert problem in caught.value.message
+
+
+def test_live_settings_survive_also_those_of_a_newer_version() -> None:
+    for name in ("policy", "type_constraints", "from_the_future"):
+        settings = {"onnx": {"required": ["gpu"], "preferred": []}}
+        assert decode_config(name, encode_config(settings)) == settings
+        assert parse_key(config_key(name)) == Key(Family.CONFIG, name)
 
 
 @pytest.mark.parametrize("value", [b"", b"[]", b'{"m":"x"}', b'{"m":null}'])
