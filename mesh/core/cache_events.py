@@ -34,6 +34,7 @@ class Reason(Enum):
     ASKED = "asked"  # somebody asked to unload it
     DELETED = "deleted"  # its model record is gone
     DRAINING = "draining"  # this instance is leaving
+    LOST = "lost"  # its runtime says that it has it no more
 
 
 # ---- events -------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from google.protobuf.message import Message
 from mesh.core.errors import InvalidArgument
 from mesh.core.types import LoadPriority
 from mesh.instance.describe import describe
+from mesh.instance.flights import Wish
 from mesh.instance.inference import Inference
 from mesh.instance.model_info import ModelInfo, parse, quick, slow
-from mesh.instance.pod import Pod, Wish
+from mesh.instance.pod import Pod
 from mesh.wire.server import Method, ServerCall, Streaming, Unary
 from protos import mesh_internal_pb2 as internal_pb2
 

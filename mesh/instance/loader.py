@@ -180,7 +180,7 @@ class Loader:
         self._metrics.observe("loadmodel", elapsed_ms, model_id)
         self._metrics.observe("model_sizing", sizing_ms, model_id)
         self._metrics.observe("loaded_model_size", size_bytes, model_id)
-        self._report(LoadFinished(model_id, size_bytes))
+        self._report(LoadFinished(model_id, size_bytes, max(1, round(elapsed_ms))))
 
     def abandon(self, model_id: str) -> None:
         job = self.jobs[model_id]

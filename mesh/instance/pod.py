@@ -1,10 +1,11 @@
 """The copies of one serving pod: feeds the cache with events and carries out its instructions.
 
-Owns who waits for a load (one ``Flight`` a model: everybody joins it, cancelling a waiter never
-cancels it), the claim that goes before it, and what is published of it. Decides nothing about
-memory (``mesh.core.cache``) and touches no file or runtime (``mesh.instance.loader``).
+Owns the request path's table (``servables``), the records of what is here, and what is published of
+it. Who waits is in ``mesh.instance.flights``, what goes before a load in ``claims``, what is told
+of a failed one in ``failures``. Decides nothing about memory (``mesh.core.cache``) and touches no
+file or runtime (``mesh.instance.loader``).
 
-Everything runs in the event loop; ``servables`` is what the request path looks up.
+Everything runs in the event loop.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
 from typing import Any, Final, assert_never
 
-from mesh import registry
 from mesh.artifacts import ArtifactSource
 from mesh.core.cache import Cache
 from mesh.core.cache_events import (
@@ -39,53 +38,25 @@ from mesh.core.cache_events import (
 from mesh.core.cache_table import CacheConfig, Copy
 from mesh.core.errors import RETRYABLE, Code, MeshError, NotFound
 from mesh.core.policy import Policy
-from mesh.core.types import CopyRecord, CopyState, FailureRecord, LoadPriority, ModelRecord
+from mesh.core.types import CopyRecord, CopyState, ModelRecord
+from mesh.decision_log import DecisionLog
+from mesh.instance import measured
 from mesh.instance.answers import LoadAnswer, LoadOutcome
+from mesh.instance.claims import Claims, Ready
 from mesh.instance.clock import Clock
+from mesh.instance.failures import Failures
+from mesh.instance.flights import Flight, Flights, Wish
 from mesh.instance.loader import Loader, Runtimes
-from mesh.instance.publisher import ClaimedElsewhere, Publisher
+from mesh.instance.neighbours import Neighbours
+from mesh.instance.publisher import Publisher
 from mesh.instance.servable import Servable
 from mesh.metrics import InstanceMetrics
-from mesh.store.api import KVStore, ModRevisionIs, Put
+from mesh.store.api import KVStore
 
 log = logging.getLogger(__name__)
 
 # A new Load for a model whose copy is still being unloaded waits so long for that.
 UNLOAD_WAIT_S: Final = 30.0
-# A failure or rejection is told only when the store has it, but a store that is away must not hold
-# up the answer.
-WITHDRAW_FLUSH_S: Final = 1.0
-MAX_FAILURES_REMEMBERED: Final = 1_024
-# A measured size is written back when it differs by more than this share.
-SIZE_CHANGE_SHARE: Final = 0.1
-WRITE_BACK_ATTEMPTS: Final = 3
-_RANK: Final = {LoadPriority.AWAITED: 0, LoadPriority.COPY: 1, LoadPriority.PROACTIVE: 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """A Load request. ``revision`` is what the router's decision saw."""
-
-    model_id: str
-    revision: int
-    last_used_at_ms: int = 0
-    priority: LoadPriority = LoadPriority.AWAITED
-    record: bytes = b""  # as in the store: what is loaded by while the store is away
-    pin: bool = False
-    use_score: float = 0.0
-
-
-class Flight:
-    """One load, from the first wish to its answer."""
-
-    __slots__ = ("answer", "claim_revision", "in_cache", "record", "wish")
-
-    def __init__(self, wish: Wish, answer: asyncio.Future[LoadAnswer]) -> None:
-        self.wish = wish
-        self.answer = answer
-        self.record: ModelRecord | None = None
-        self.claim_revision = 0
-        self.in_cache = False
 
 
 class Pod:
@@ -102,48 +73,63 @@ class Pod:
         runtimes: Runtimes,
         metrics: InstanceMetrics,
         clock: Clock,
+        decisions: DecisionLog | None = None,
     ) -> None:
         self.instance_id = instance_id
         self.cache = Cache(cache_config)
         self.policy = policy
+        self.decisions = decisions
         self.servables: dict[str, Servable] = {}
         self.records: dict[str, ModelRecord] = {}  # of the copies in the cache
         self.claimed_at_ms: dict[str, int] = {}  # of the same
         self.loader = Loader(source, runtimes, metrics, self.apply)
+        self.claims = Claims(instance_id, store, publisher, clock)
+        self.neighbours = Neighbours(instance_id, store, policy, clock, use_of=self._use_of)
         self._store = store
         self._publisher = publisher
         self._metrics = metrics
         self._clock = clock
-        self._flights: dict[str, Flight] = {}
+        self._flights = Flights()
+        self._failures = Failures(instance_id, publisher, clock)
         self._gone: dict[str, asyncio.Future[None]] = {}
-        self._failed: dict[str, tuple[int, LoadAnswer]] = {}
+        self._asked_because: dict[str, str] = {}  # copies that somebody has told to unload
         self._tasks: set[asyncio.Task[object]] = set()
         self.evicted_last_used: dict[str, int] = {}  # since the last flush of last uses
+
+    def use_policy(self, policy: Policy) -> None:
+        """From now on; what is loaded stays."""
+        self.policy = policy
+        self.neighbours.use_policy(policy)
+        for record in list(self.records.values()):
+            self.record_changed(record)
 
     # ---- wishes ----
 
     async def load(self, wish: Wish) -> LoadAnswer:
         """Returns when the load has ended, however it did."""
-        servable = self.servables.get(wish.model_id)
+        model_id = wish.model_id
+        servable = self.servables.get(model_id)
         if servable is not None:
             servable.use.last_used_at_ms = max(servable.use.last_used_at_ms, wish.last_used_at_ms)
-            return self._loaded_answer(wish.model_id)
-        flight = self._flights.get(wish.model_id)
+            if wish.pin:
+                self._pin(model_id)
+            return self._loaded_answer(model_id)
+        flight = self._flights.get(model_id)
         if flight is None:
-            flight = Flight(wish, asyncio.get_running_loop().create_future())
-            self._flights[wish.model_id] = flight
+            flight = self._flights.start(wish)
             self._spawn(self._begin(flight))
-        elif _RANK[wish.priority] < _RANK[flight.wish.priority]:
-            flight.wish = replace(wish, revision=flight.wish.revision)
-            copy = self.cache.get(wish.model_id)
+        else:
+            flight.wish = flight.wish.joined_by(wish)
+            copy = self.cache.get(model_id)
             if flight.in_cache and copy is not None and copy.state is not CopyState.UNLOADING:
                 self.apply(self._wanted(flight))
         return await asyncio.shield(flight.answer)
 
-    async def unload(self, model_id: str) -> bool:
+    async def unload(self, model_id: str, because: str = "") -> bool:
         """Whether there was a copy; returns when it is gone."""
         if self.cache.get(model_id) is None:
             return False
+        self._asked_because[model_id] = because
         self.apply(UnloadWanted(model_id, Reason.ASKED))
         await asyncio.shield(self._until_gone(model_id))
         return True
@@ -153,16 +139,39 @@ class Pod:
         if self.cache.get(model_id) is not None:
             self.apply(UnloadWanted(model_id, Reason.DELETED))
 
+    def lost(self, model_id: str) -> None:
+        """The runtime says that it has the model no more: nobody is to be sent here for it."""
+        if model_id in self.servables:
+            log.warning("the runtime has lost model %s", model_id)
+            self.apply(UnloadWanted(model_id, Reason.LOST))
+
     def record_changed(self, record: ModelRecord) -> None:
-        copy = self.cache.get(record.model_id)
+        """Also for terms that the policy changed."""
+        model_id = record.model_id
+        copy = self.cache.get(model_id)
         if copy is None or copy.state is CopyState.UNLOADING:
             return
-        self.records[record.model_id] = record
-        servable = self.servables.get(record.model_id)
+        self.records[model_id] = record
+        servable = self.servables.get(model_id)
         if servable is not None:
             servable.max_concurrency = self._concurrency(record)
-        if copy.pinned != record.pinned:
-            self.apply(TermsChanged(record.model_id, record.pinned))
+        # Only a Load pins a copy: one copy of a pinned model is, and the leader says which.
+        self._terms(record, pinned=copy.pinned and record.pinned)
+
+    def _pin(self, model_id: str) -> None:
+        record = self.records.get(model_id)
+        if record is not None and record.pinned:
+            self._terms(record, pinned=True)
+
+    def _terms(self, record: ModelRecord, *, pinned: bool) -> None:
+        copy = self.cache.get(record.model_id)
+        assert copy is not None
+        was_pinned = copy.pinned
+        self.apply(TermsChanged(record.model_id, pinned, _kept(record), self._idle_ms(record)))
+        if pinned != was_pinned:
+            self._note("pin", "pinned" if pinned else "unpinned", record.model_id)
+            if copy.state is CopyState.LOADED:
+                self._publish_loaded(record.model_id, copy.size_bytes)
 
     def became_idle(self, model_id: str) -> None:
         self.apply(BecameIdle(model_id))
@@ -171,11 +180,18 @@ class Pod:
         return self.cache.awaiting_idle
 
     def tick(self) -> None:
-        if self.cache.loading_count:
-            self.apply(Tick())
+        self.apply(Tick())
 
     def drain(self) -> None:
         self.apply(Drain())
+
+    async def confirm(self) -> None:
+        """The store is back: what it does not know any more goes."""
+        async for model_id, record in self.claims.confirmed():
+            if record is None:
+                self.deleted(model_id)
+            else:
+                self.record_changed(record)
 
     async def close(self) -> None:
         """End the tasks of this pod; nothing is unloaded, the process ends."""
@@ -183,40 +199,40 @@ class Pod:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.neighbours.close()
 
-    # ---- before the cache: record and claim ----
+    # ---- before the cache ----
 
     async def _begin(self, flight: Flight) -> None:
+        model_id = flight.wish.model_id
         try:
-            answer = await self._claim(flight)
+            ready = await self._not_now(flight.wish) or await self.claims.claim(flight.wish)
         except MeshError as error:
             if error.code in RETRYABLE:
                 # The store's fault, not the model's: nothing is to be remembered against it.
-                answer = _rejected(flight.wish.model_id, error.message)
+                ready = _rejected(model_id, error.message)
             else:
-                answer = LoadAnswer(LoadOutcome.FAILED, error.message, error.code)
+                ready = LoadAnswer(LoadOutcome.FAILED, error.message, error.code)
         except Exception:
-            log.exception("the load of model %r could not begin", flight.wish.model_id)
-            answer = LoadAnswer(
-                LoadOutcome.FAILED, "the load could not begin: a defect", Code.INTERNAL
-            )
-        if answer is not None:
-            self._finish(flight, answer)
+            log.exception("the load of model %r could not begin", model_id)
+            why = "the load could not begin: a defect"
+            ready = LoadAnswer(LoadOutcome.FAILED, why, Code.INTERNAL)
+        if not isinstance(ready, Ready):
+            self._flights.finish(flight, ready)
             return
-        assert flight.record is not None
-        record = flight.record
-        self.records[record.model_id] = record
-        self.loader.prepare(record)
+        flight.record, flight.claim_revision = ready.record, ready.revision
+        self.claimed_at_ms[model_id] = ready.claimed_at_ms
+        self.records[model_id] = ready.record
+        self.loader.prepare(ready.record)
         flight.in_cache = True
         self.apply(self._wanted(flight))
 
-    async def _claim(self, flight: Flight) -> LoadAnswer | None:
-        """None when the copy is claimed and ``flight.record`` is read."""
-        wish = flight.wish
+    async def _not_now(self, wish: Wish) -> LoadAnswer | None:
+        """Why a load does not come to its claim."""
         model_id = wish.model_id
-        remembered = self._failed.get(model_id)
-        if remembered is not None and wish.revision < remembered[0]:
-            return remembered[1]  # the router has not seen yet that it failed here
+        known = self._failures.known(model_id, wish.revision)
+        if known is not None:
+            return known
         if self.cache.draining:
             return _rejected(model_id, "this instance is draining")
         copy = self.cache.get(model_id)
@@ -228,34 +244,6 @@ class Pod:
                     await asyncio.shield(self._until_gone(model_id))
             except TimeoutError:
                 return _rejected(model_id, "an earlier copy has not been unloaded yet")
-        claim_record = CopyRecord(
-            model_id, self.instance_id, CopyState.LOADING, claimed_at_ms=self._clock.now_ms()
-        )
-        item, claim = await asyncio.gather(
-            self._store.get(registry.model_key(model_id)),
-            self._publisher.claim(claim_record, wish.revision),
-            return_exceptions=True,
-        )
-        if isinstance(claim, BaseException):
-            raise claim
-        if isinstance(claim, ClaimedElsewhere):
-            return LoadAnswer(
-                LoadOutcome.CLAIMED_ELSEWHERE,
-                f"model {model_id!r} was claimed elsewhere in the meantime",
-                claimed_instance_id=claim.instance_id,
-                copy_revision=claim.copy_revision,
-            )
-        flight.claim_revision = claim.revision
-        self.claimed_at_ms[model_id] = claim_record.claimed_at_ms
-        try:
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                raise NotFound(f"model {model_id!r} is not registered")
-            flight.record = registry.decode_model(model_id, item.value)
-        except BaseException:
-            self._publisher.remove_copy(model_id)
-            raise
         return None
 
     def _wanted(self, flight: Flight) -> LoadWanted:
@@ -267,7 +255,10 @@ class Pod:
             timeout_ms=record.load_timeout_ms or self.policy.load_timeout_ms,
             last_used_at_ms=wish.last_used_at_ms,
             priority=wish.priority,
-            pinned=record.pinned,
+            pinned=wish.pin and record.pinned,
+            kept=_kept(record),
+            use_score=wish.use_score,
+            idle_unload_ms=self._idle_ms(record),
         )
 
     # ---- the cache ----
@@ -299,9 +290,8 @@ class Pod:
                 self._withdraw(model_id)
             case RejectLoad(model_id, reason, message):
                 self._count(model_id, reason.value)
-                log.info("load of %s rejected: %s", model_id, message)
-                answer = LoadAnswer(LoadOutcome.REJECTED, message)
-                self._spawn(self._answer_after_flush(model_id, answer))
+                self._note("reject", reason.value, model_id, detail=message)
+                self._spawn(self._reject(model_id, LoadAnswer(LoadOutcome.REJECTED, message)))
             case LoadEnded(model_id, _, _, None):
                 self._loaded(model_id)
             case LoadEnded():
@@ -328,8 +318,8 @@ class Pod:
                 copy.size_bytes,
                 self.loader.load_ms.get(model_id, 0.0),
             )
-        self._failed.pop(model_id, None)
-        self._end_flight(model_id, self._loaded_answer(model_id))
+        self._failures.forget(model_id)
+        self._flights.end(model_id, self._loaded_answer(model_id))
 
     def _loaded_answer(self, model_id: str) -> LoadAnswer:
         copy = self.cache.get(model_id)
@@ -353,11 +343,11 @@ class Pod:
                 size_bytes=size_bytes,
                 claimed_at_ms=self.claimed_at_ms.get(model_id, copy.loaded_at_ms),
                 loaded_at_ms=copy.loaded_at_ms,
+                pinned=copy.pinned,
             )
         )
-        known = record.size_bytes_measured
-        if known is None or abs(known - size_bytes) > known * SIZE_CHANGE_SHARE:
-            self._spawn(self._write_back(model_id, size_bytes))
+        if measured.differs(record, size_bytes):
+            self._spawn(measured.write_back(self._store, model_id, size_bytes))
 
     def _withdraw(self, model_id: str) -> None:
         """No new requests; those inside hold the Servable themselves."""
@@ -375,7 +365,12 @@ class Pod:
         self._metrics.counter("evictions", instruction.reason.value)
         if instruction.reason is Reason.EVICTED:
             self._metrics.observe("age_at_eviction", instruction.idle_ms, model_id)
-        log.info("unloading %s: %s", model_id, instruction.reason.value)
+        why = self._asked_because.pop(model_id, "")
+        detail = why or f"unused for {instruction.idle_ms} ms"
+        if instruction.second:
+            detail += f"; next {instruction.second}"
+        kind = "evict" if instruction.reason is Reason.EVICTED else "unload"
+        self._note(kind, instruction.reason.value, model_id, detail=detail)
         self.records.pop(model_id, None)
         self.loader.start_unload(model_id)
 
@@ -385,62 +380,26 @@ class Pod:
         model_id = ended.model_id
         self._count(model_id, ended.reason.value)
         self._metrics.counter("loadmodel_failure")
-        log.warning("load of %s failed: %s", model_id, error)
+        self._note(
+            "reject", ended.reason.value, model_id, detail=error.message, level=logging.WARNING
+        )
         answer = LoadAnswer(
             LoadOutcome.FAILED, error.message, error.code, size_bytes=ended.size_bytes
         )
         if isinstance(error, NotFound):
-            self._end_flight(model_id, answer)
+            self._flights.end(model_id, answer)
         else:
-            self._spawn(self._tell_failure(model_id, answer))
+            self._spawn(self._fail(model_id, answer))
 
-    async def _tell_failure(self, model_id: str, answer: LoadAnswer) -> None:
-        """Into the store first, then to who waits: no router may try again here at once."""
-        transient = answer.code in RETRYABLE
-        policy, now_ms = self.policy, self._clock.now_ms()
-        expiry_ms = (
-            policy.transient_failure_expiry_ms if transient else policy.load_failure_expiry_ms
-        )
-        self._publisher.put_failure(
-            FailureRecord(
-                model_id,
-                self.instance_id,
-                answer.code.name,
-                answer.message,
-                failed_at_ms=now_ms,
-                expires_at_ms=now_ms + expiry_ms,
-            )
-        )
-        if await self._answer_after_flush(model_id, answer):
-            while len(self._failed) >= MAX_FAILURES_REMEMBERED:
-                del self._failed[next(iter(self._failed))]
-            self._failed[model_id] = (self._publisher.revision, answer)
+    async def _fail(self, model_id: str, answer: LoadAnswer) -> None:
+        await self._failures.record(model_id, answer, self.policy)
+        self._flights.end(model_id, answer)
 
-    async def _answer_after_flush(self, model_id: str, answer: LoadAnswer) -> bool:
-        """No copy came of it: the claim goes from the store before who waits is told, or the next
-        instance that is asked would find it there. False when the store did not take it."""
-        written = False
-        try:
-            async with asyncio.timeout(WITHDRAW_FLUSH_S):
-                await self._publisher.flush()
-            written = True
-        except (MeshError, TimeoutError) as error:
-            log.warning("the claim of %s is not withdrawn yet: %s", model_id, error)
-        self._end_flight(model_id, answer)
-        return written
+    async def _reject(self, model_id: str, answer: LoadAnswer) -> None:
+        await self._failures.withdrawn(model_id)
+        self._flights.end(model_id, answer)
 
-    # ---- flights ----
-
-    def _end_flight(self, model_id: str, answer: LoadAnswer) -> None:
-        flight = self._flights.get(model_id)
-        if flight is not None and flight.in_cache:
-            self._finish(flight, answer)
-
-    def _finish(self, flight: Flight, answer: LoadAnswer) -> None:
-        if self._flights.get(flight.wish.model_id) is flight:
-            del self._flights[flight.wish.model_id]
-        if not flight.answer.done():
-            flight.answer.set_result(answer)
+    # ---- small things ----
 
     def _until_gone(self, model_id: str) -> asyncio.Future[None]:
         future = self._gone.get(model_id)
@@ -453,36 +412,42 @@ class Pod:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # ---- small things ----
-
     def _concurrency(self, record: ModelRecord) -> int:
         return max(1, record.max_concurrency or self.policy.default_max_concurrency)
+
+    def _idle_ms(self, record: ModelRecord) -> int:
+        own = record.idle_unload_ms
+        return self.policy.idle_unload_ms if own is None else own
 
     def _count(self, model_id: str, outcome: str) -> None:
         record = self.records.get(model_id)
         self._metrics.counter("loads", record.model_type if record else "", outcome)
 
-    async def _write_back(self, model_id: str, size_bytes: int) -> None:
-        """The measured size is the next load's prediction, wherever that happens."""
-        key = registry.model_key(model_id)
-        try:
-            for _ in range(WRITE_BACK_ATTEMPTS):
-                item = await self._store.get(key)
-                if item is None:
-                    return
-                record = replace(
-                    registry.decode_model(model_id, item.value), size_bytes_measured=size_bytes
-                )
-                result = await self._store.txn(
-                    [ModRevisionIs(key, item.mod_revision)], [Put(key, registry.encode(record))]
-                )
-                if result.succeeded:
-                    return
-        except MeshError as error:
-            log.info("the size of %s was not written back: %s", model_id, error)
+    def _note(
+        self, kind: str, reason: str, model_id: str, *, detail: str = "", level: int = logging.INFO
+    ) -> None:
+        if self.decisions is not None:
+            self.decisions.note(
+                kind,
+                reason,
+                model_id=model_id,
+                instance_id=self.instance_id,
+                detail=detail,
+                level=level,
+            )
+
+    def _use_of(self, model_id: str) -> tuple[int, float]:
+        """Last use (Unix milliseconds) and score of a copy that is here."""
+        copy = self.cache.get(model_id)
+        return (copy.use.last_used_at_ms, 0.0) if copy is not None else (0, 0.0)
 
     def copies(self) -> list[Copy]:
         return self.cache.copies()
+
+
+def _kept(record: ModelRecord) -> bool:
+    """A soft minimum: these copies go after all others."""
+    return record.min_copies >= 2
 
 
 def _rejected(model_id: str, why: str) -> LoadAnswer:

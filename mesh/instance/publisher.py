@@ -3,10 +3,11 @@
 Level-triggered: ``_leased`` holds what ought to stand under the lease, ``_dirty`` the keys whose
 value in the store may differ. One task flushes them, in order, in batches, and tries again while
 the store is away; a new lease makes everything dirty. So a lost lease, an etcd that was away and
-a storm of loads need no code of their own.
+a storm of loads need no code of their own; and ``audit`` makes dirty what an outside hand changed.
 
-A claim is a transaction of its own, because its failure is an answer. Never writes what belongs to
-others; nothing per request.
+A claim is a transaction of its own, because its failure is an answer. One whose answer did not come
+may have been applied: its key is dirty then, and the next flush makes it what it ought to be. Never
+writes what belongs to others; nothing per request.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mesh import registry
-from mesh.core.errors import MeshError, NotFound, Unavailable
+from mesh.core.errors import MeshError, NotFound
 from mesh.core.types import CopyRecord, FailureRecord
 from mesh.store.api import (
     MAX_TXN_OPS,
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 # loads of a storm share their transactions.
 FLUSH_DELAY_S: Final = 0.01
 RETRY_DELAY_S: Final = 0.5
+# While the store is away that is logged this often.
+_LOG_EVERY_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +75,12 @@ class Publisher:
         self._dirty: dict[str, None] = {}
         self._wake = asyncio.Event()
         self._flushing = asyncio.Lock()
+        self._claiming: set[str] = set()  # keys of claims whose answer has not come yet
+        self._leased_anew = asyncio.Event()
         self.lease_gone = asyncio.Event()
         self.connected = False
+        # The last write found no store. Something is dirty then, so that the next success is soon.
+        self.away = False
         self.revision = 0  # of the last write
 
     # ---- what ought to stand there ----
@@ -111,53 +118,120 @@ class Publisher:
 
     @property
     def has_lease(self) -> bool:
-        return self._lease is not None and not self._lease.lost
+        return self._living() is not None
+
+    def _living(self) -> Lease | None:
+        lease = self._lease
+        gone = lease is None or lease.lost or self.lease_gone.is_set()
+        return None if gone else lease
 
     def use_lease(self, lease: Lease) -> None:
         self._lease = lease
         self.lease_gone.clear()
         for key in self._leased:
             self._touch(key)
+        self._leased_anew.set()
+
+    async def wait_lease(self) -> None:
+        """Return when there is one to write under."""
+        while not self.has_lease:
+            self._leased_anew.clear()
+            await self._leased_anew.wait()
+
+    async def audit(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Compare what stands under the lease with what ought to; keys (missing, in excess).
+
+        Both become dirty: the next flush writes the ones and deletes the others. Raises
+        StoreUnavailable or LeaseNotFound.
+        """
+        async with self._flushing:  # nothing of ours is on its way
+            lease = self._living()
+            if lease is None:
+                return (), ()
+            ought = set(self._leased) - self._dirty.keys()
+            try:
+                found = await lease.keys()
+            except LeaseNotFound:
+                self.lease_gone.set()
+                raise
+            if lease is not self._living():
+                return (), ()
+            settled = self._dirty.keys() | self._claiming
+            missing = sorted((ought & self._leased.keys()) - found - settled)
+            excess = sorted(found - self._leased.keys() - settled)
+        for key in (*missing, *excess):
+            self._touch(key)
+        return tuple(missing), tuple(excess)
 
     # ---- claim ----
 
     async def claim(self, record: CopyRecord, revision: int) -> Claim:
         """Put ``record`` if nothing under its model's copies changed since ``revision``.
 
-        Raises NotFound when the model is not registered, Unavailable without a lease or store.
+        What this instance left there itself (an earlier claim whose answer was lost) does not
+        count. Raises NotFound when the model is not registered, LeaseNotFound without a lease and
+        StoreUnavailable.
         """
         key = registry.key_of(record)
-        if key in self._dirty:
-            await self.flush()
-        lease = self._lease
-        if lease is None or lease.lost:
-            raise Unavailable("this instance has no lease at the moment; retry elsewhere")
+        self._claiming.add(key)
+        try:
+            if key in self._dirty:
+                await self.flush()
+            claim = await self._claim(record, key, revision)
+            if isinstance(claim, ClaimedElsewhere) and claim.instance_id == self._instance_id:
+                claim = await self._claim(record, key, claim.copy_revision)
+            return claim
+        except StoreUnavailable:
+            self._not_reached(key)
+            raise
+        except asyncio.CancelledError:  # whoever waited gave up
+            self._touch(key)
+            raise
+        finally:
+            self._claiming.discard(key)
+
+    def not_answered(self) -> None:
+        """A write was given up because no answer came: the store counts as away."""
+        self.connected = False
+        self.away = bool(self._dirty)
+
+    def _not_reached(self, key: str) -> None:
+        self._touch(key)  # it may have been applied
+        self.not_answered()
+
+    async def _claim(self, record: CopyRecord, key: str, revision: int) -> Claim:
+        lease = self._living()
+        if lease is None:
+            raise LeaseNotFound("this instance has no lease at the moment; retry elsewhere")
         prefix = registry.copies_prefix(record.model_id)
         model_key = registry.model_key(record.model_id)
+        value = registry.encode(record)
         try:
             result = await self._store.txn(
                 [KeyExists(model_key), PrefixUnchangedSince(prefix, revision)],
-                [Put(key, registry.encode(record), lease.lease_id)],
+                [Put(key, value, lease.lease_id)],
                 read_on_failure=[prefix, model_key],
             )
         except LeaseNotFound:
             self.lease_gone.set()
             raise
-        except StoreUnavailable:
-            self._touch(key)  # it may have been applied: have it deleted
-            raise
         if result.succeeded:
-            self._leased[key] = registry.encode(record)
+            self._leased[key] = value
             if lease is not self._lease:  # exchanged meanwhile: the claim is gone with the old
                 self._touch(key)
             return Claimed(result.revision)
         if not any(item.key == model_key for item in result.read):
             raise NotFound(f"model {record.model_id!r} is not registered")
-        return self._holder(prefix, result.read)
+        return self._holder(prefix, result.read, revision)
 
-    def _holder(self, prefix: str, items: tuple[KeyValue, ...]) -> ClaimedElsewhere:
-        holders = [item for item in items if item.key.startswith(prefix)]
-        newest = max(holders, key=lambda item: item.mod_revision, default=None)
+    def _holder(self, prefix: str, items: tuple[KeyValue, ...], revision: int) -> ClaimedElsewhere:
+        """Who was first since ``revision``; ourselves only when it was nobody else."""
+        own = prefix + registry.escape(self._instance_id)
+        newest = max(
+            (item for item in items if item.key.startswith(prefix)),
+            key=lambda item: (item.mod_revision > revision, item.key != own, item.mod_revision),
+            default=None,
+        )
         if newest is None:
             return ClaimedElsewhere("", 0)
         parsed = registry.parse_key(newest.key)
@@ -167,6 +241,7 @@ class Publisher:
 
     async def run(self) -> None:
         """Until cancelled."""
+        log_at_s = 0.0
         while True:
             await self._wake.wait()
             await asyncio.sleep(self._flush_delay_s)
@@ -174,7 +249,10 @@ class Publisher:
             try:
                 await self.flush()
             except MeshError as error:
-                log.warning("the store takes no writes (%s); trying again", error)
+                now_s = asyncio.get_running_loop().time()
+                if now_s >= log_at_s:
+                    log_at_s = now_s + _LOG_EVERY_S
+                    log.warning("the store takes no writes (%s); trying again", error)
                 await asyncio.sleep(RETRY_DELAY_S)
                 self._wake.set()
 
@@ -196,16 +274,18 @@ class Publisher:
                     self.lease_gone.set()
                     raise
                 except BaseException as error:  # cancelled, too: whoever waited gave up
-                    self.connected = self.connected and not isinstance(error, MeshError)
                     self._back(batch)
+                    if isinstance(error, MeshError):
+                        self.not_answered()
                     raise
-                self.connected = True
+                self.connected, self.away = True, False
                 for key, _, value in batch:
                     if self._unleased.get(key) == value:
                         self._unleased.pop(key, None)
 
     def _next_batch(self) -> list[tuple[str, Operation, bytes | None]]:
-        lease_id = self._lease.lease_id if self._lease and not self._lease.lost else 0
+        lease = self._living()
+        lease_id = lease.lease_id if lease is not None else 0
         batch: list[tuple[str, Operation, bytes | None]] = []
         for key in list(self._dirty):
             if len(batch) >= MAX_TXN_OPS:

@@ -232,7 +232,7 @@ class Rig:
             await self.instance.membership.joined.wait()
 
     async def load(self, model_id: str, **wish: Any):
-        from mesh.instance.pod import Wish
+        from mesh.instance.flights import Wish
 
         wish.setdefault("revision", self.server.revision)
         async with asyncio.timeout(WAIT_S):

@@ -20,8 +20,8 @@ from onnx import TensorProto, helper
 from mesh import registry
 from mesh.core.types import CopyState, InstanceState, ModelRecord
 from mesh.instance.answers import LoadOutcome
+from mesh.instance.flights import Wish
 from mesh.instance.instance import Instance
-from mesh.instance.pod import Wish
 from mesh.instance.settings import InstanceSettings
 from mesh.runtimes.registry import RuntimeRegistry
 from mesh.store.etcd import EtcdStore

@@ -112,13 +112,29 @@ async def test_a_model_deleted_while_watches_were_cut_goes_when_they_are_back(
         await until(lambda: rig.runtime.unloaded == ["m"])
 
 
-async def test_a_pin_in_the_record_reaches_the_cache(tmp_path: Path) -> None:
+async def test_a_pin_in_the_record_alone_pins_nothing_and_its_end_unpins(tmp_path: Path) -> None:
     async with running(tmp_path) as rig:
-        rig.register("m")
-        await rig.load("m")
         rig.register("m", pinned=True, max_concurrency=3)
-        await until(lambda: rig.pod.cache.get("m").pinned)
+        await rig.load("m")
         assert rig.pod.servables["m"].max_concurrency == 3
+        assert not rig.pod.cache.get("m").pinned  # another copy may be the one that stays
+        await rig.load("m", pin=True)
+        assert rig.pod.cache.get("m").pinned
+        await until(lambda: rig.copy("m").pinned)
+        rig.register("m", pinned=False)
+        await until(lambda: not rig.pod.cache.get("m").pinned)
+        await until(lambda: not rig.copy("m").pinned)
+
+
+async def test_a_load_that_says_so_pins_the_copy_from_the_start(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        rig.register("m", pinned=True)
+        rig.register("n")
+        await rig.load("m", pin=True)
+        await rig.load("n", pin=True)  # its record knows of no pin (any more)
+        await until(lambda: rig.copy("m").state is rig.copy("n").state is CopyState.LOADED)
+        assert rig.copy("m").pinned
+        assert not rig.copy("n").pinned
 
 
 async def test_last_uses_go_to_the_store_in_one_blob(tmp_path: Path) -> None:
