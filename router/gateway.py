@@ -25,7 +25,7 @@ from mesh.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from mesh.wire.client import Reply, RpcError
+from mesh.wire.client import NotSent, PeerSilent, Reply, RpcError
 from mesh.wire.messages import Metadata
 from mesh.wire.relay import Failure, Upstream
 from router.dispatch import Dispatcher, copy_of
@@ -222,6 +222,10 @@ class Gateway:
 
 def failure_of(error: MeshError) -> Failure | None:
     """What kind of failed attempt an error is; None when it is the model's answer."""
+    if isinstance(error, PeerSilent):
+        return Failure.SILENT
+    if isinstance(error, NotSent):
+        return Failure.CONNECT if error.code is Code.UNAVAILABLE else Failure.OVERLOADED
     if not isinstance(error, RpcError):
         return Failure.CONNECT if isinstance(error, Unavailable) else None
     if not error.trailers:  # not the peer's words, but what became of the connection

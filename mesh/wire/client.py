@@ -17,7 +17,7 @@ from mesh.wire.head import Field, ReplyHead, format_timeout
 from mesh.wire.limits import INSIDE, Limits
 from mesh.wire.messages import Metadata
 from mesh.wire.outbound import Outbound
-from mesh.wire.peer import Peer
+from mesh.wire.peer import NoConnection, Peer, Unconnected
 from mesh.wire.stream import Buffer, Stream
 
 _REFUSALS_MAX: Final = 3
@@ -31,6 +31,15 @@ class RpcError(MeshError):
     def __init__(self, code: Code, message: str, trailers: tuple[Field, ...] = ()) -> None:
         super().__init__(message, code=code)
         self.trailers = trailers
+
+
+class NotSent(RpcError):
+    """There was no connection: the peer has not seen the call. RESOURCE_EXHAUSTED when too many
+    calls are on their way to it."""
+
+
+class PeerSilent(RpcError):
+    """The peer answers no PING (``Peer.watch``); it may have begun with the call."""
 
 
 class _Refused(RpcError):
@@ -122,6 +131,11 @@ class _Call(Stream):
 
     def on_lost(self, reason: str) -> None:
         self._fail(RpcError(Code.UNAVAILABLE, f"connection lost: {reason}"))
+
+    def on_silent(self) -> None:
+        if self.initial is None and self.ended is None:
+            self.reset(ErrorCode.CANCEL)
+            self._fail(PeerSilent(Code.UNAVAILABLE, "the peer has stopped to answer"))
 
     def on_drained(self, sent: int) -> None:
         self._wake()
@@ -244,13 +258,15 @@ class Channel:
     async def _connection(self, deadline_s: float) -> Outbound:
         ready: asyncio.Future[Outbound] = asyncio.get_running_loop().create_future()
 
-        def on_ready(conn: Outbound | None, reason: str) -> None:
+        def on_ready(found: Outbound | NoConnection) -> None:
             if ready.done():
                 return
-            if conn is None:
-                ready.set_exception(RpcError(Code.UNAVAILABLE, reason))
+            if isinstance(found, NoConnection):
+                full = found.why is Unconnected.FULL
+                code = Code.RESOURCE_EXHAUSTED if full else Code.UNAVAILABLE
+                ready.set_exception(NotSent(code, found.reason))
             else:
-                ready.set_result(conn)
+                ready.set_result(found)
 
         self.peer.acquire(on_ready)
         try:

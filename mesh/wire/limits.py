@@ -41,6 +41,27 @@ class Limits:
     max_connections: int = 10_000
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a peer may be quiet before it is asked, and before it counts as silent."""
+
+    # A connection with calls on it that brought nothing for so long is asked by a PING ...
+    ping_after_s: float = 0.25
+    # ... and is silent when it brings nothing in this time after that.
+    ping_timeout_s: float = 0.75
+    # A connection without calls is asked this often: 5 PINGs in 10 s, far below any bound on them.
+    idle_ping_s: float = 2.0
+    # A silent connection is kept so long: its peer may be stopped for a moment, and answer then.
+    silent_close_s: float = 30.0
+    # When the watch itself comes so late, this process was held up: nobody is blamed for that time.
+    late_s: float = 0.5
+
+    @property
+    def connect_s(self) -> float:
+        """What waits for a connection waits at most so long for this one."""
+        return self.ping_after_s + self.ping_timeout_s
+
+
 PUBLIC = Limits()
 INSIDE = Limits(
     # A request with the longest header list that a router takes, and what the router adds to it.

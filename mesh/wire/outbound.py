@@ -38,6 +38,8 @@ class Outbound:
         self.now_s = now_s
         self.started_s = now_s
         self.last_read_s = now_s
+        self.ping_sent_s = 0.0  # a PING is out that nothing was read behind (``Peer.watch``)
+        self.silent = False  # ... and has been for too long
         self.out: list[Buffer] = []
         self.dirty = False
         self.on_dirty: Callable[[Outbound], None] | None = None

@@ -11,11 +11,14 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
+from mesh.wire import frames
 from mesh.wire.connection import Connection
 from mesh.wire.head import RequestHead
-from mesh.wire.limits import INSIDE, Limits
+from mesh.wire.limits import INSIDE, Limits, Patience
 from mesh.wire.outbound import Outbound
 from mesh.wire.stream import Stream
 from mesh.wire.transport import Link, Pump, connect, pump_of
@@ -27,7 +30,25 @@ _WAITING_MAX: Final = 8_192
 _BACKOFF_START_S: Final = 0.02
 _BACKOFF_MAX_S: Final = 2.0
 
-OnReady = Callable[[Outbound | None, str], None]
+_PING: Final = frames.ping(b"mesh-you")
+
+
+class Unconnected(Enum):
+    """Why there is no connection for a call."""
+
+    FAILED = "failed"  # refused, timed out or broken while it was made
+    SILENT = "silent"  # the peer accepts, but says nothing
+    FULL = "full"  # as many calls are on it, or wait for it, as may be
+    CLOSED = "closed"  # by us
+
+
+@dataclass(frozen=True, slots=True)
+class NoConnection:
+    why: Unconnected
+    reason: str
+
+
+OnReady = Callable[[Outbound | NoConnection], None]
 
 
 class Peer:
@@ -45,29 +66,38 @@ class Peer:
         self._ssl_context = ssl_context
         self.current: Outbound | None = None  # where the next stream goes, if it still can
         self._links: list[Link] = []
-        self._waiting: deque[OnReady] = deque()
+        self._waiting: deque[tuple[float, OnReady]] = deque()  # since when
         self._connecting: asyncio.Task[None] | None = None
+        self._connecting_since_s = 0.0
         self._backoff_s = 0.0
         self._refuse_until_s = 0.0
         self._last_error = ""
         self.closed = False
+        # Since then nothing has come from the peer although it was asked; 0.0: it answers.
+        self.silent_since_s = 0.0
+        self._watched_s = 0.0
+        self._fair_from_s = 0.0  # before that this process itself was held up
 
     def acquire(self, on_ready: OnReady) -> None:
-        """Call back with a connection that can open a stream, or with None and the reason."""
+        """Call back with a connection that can open a stream, or with the reason why not."""
+        now_s = time.monotonic()
         conn = self.usable()
         if conn is not None:
-            on_ready(conn, "")
+            on_ready(conn)
         elif self.closed:
-            on_ready(None, "closed")
+            on_ready(NoConnection(Unconnected.CLOSED, "closed"))
         elif len(self._waiting) >= _WAITING_MAX:
-            on_ready(None, "too many calls wait for a connection")
+            text = f"{_WAITING_MAX} calls wait for a connection to {self.address}"
+            on_ready(NoConnection(Unconnected.FULL, text))
         elif self._connecting is None and len(self._links) >= _CONNECTIONS_MAX:
-            on_ready(None, f"all {_CONNECTIONS_MAX} connections are full")
-        elif self._connecting is None and time.monotonic() < self._refuse_until_s:
-            on_ready(None, self._last_error)
+            text = f"all {_CONNECTIONS_MAX} connections to {self.address} are full"
+            on_ready(NoConnection(Unconnected.FULL, text))
+        elif self._connecting is None and now_s < self._refuse_until_s:
+            on_ready(NoConnection(Unconnected.FAILED, self._last_error))
         else:
-            self._waiting.append(on_ready)
+            self._waiting.append((now_s, on_ready))
             if self._connecting is None:
+                self._connecting_since_s = now_s
                 loop = asyncio.get_running_loop()
                 self._connecting = loop.create_task(self._connect(pump_of(loop)))
 
@@ -77,7 +107,7 @@ class Peer:
         if conn is not None and conn.can_open:
             return conn
         for link in self._links:
-            if link.conn.can_open:
+            if link.conn.can_open and not link.conn.silent:
                 self.current = link.conn
                 return link.conn
         self.current = None
@@ -109,15 +139,83 @@ class Peer:
         self._last_error = reason
         self._backoff_s = min(_BACKOFF_MAX_S, max(_BACKOFF_START_S, self._backoff_s * 2))
         self._refuse_until_s = time.monotonic() + self._backoff_s
-        self._answer(None, reason)
+        self._answer(NoConnection(Unconnected.FAILED, reason))
 
-    def _answer(self, conn: Outbound | None, reason: str) -> None:
+    def _answer(self, found: Outbound | NoConnection) -> None:
         waiting, self._waiting = self._waiting, deque()
-        for on_ready in waiting:
-            if conn is not None and not conn.can_open:
+        for _, on_ready in waiting:
+            if isinstance(found, Outbound) and not found.can_open:
                 self.acquire(on_ready)
             else:
-                on_ready(conn, reason)
+                on_ready(found)
+
+    # ---- liveness -----------------------------------------------------------------------------
+
+    @property
+    def heard_s(self) -> float:
+        """When something last came from the peer, on any connection; 0.0: never."""
+        return max((x.conn.last_read_s for x in self._links if x.conn.settings_seen), default=0.0)
+
+    def watch(self, now_s: float, patience: Patience) -> None:
+        """Ask what is quiet with a PING, and note what does not answer. Every 100 ms or so.
+
+        Anything that was read is an answer. Tells nobody: see ``silent_since_s`` and ``relieve``.
+        """
+        if now_s - self._watched_s > patience.late_s:
+            self._fair_from_s = now_s
+        self._watched_s = now_s
+        fair_s = self._fair_from_s
+        for link in self._links:
+            conn = link.conn
+            asked_s = conn.ping_sent_s
+            if not conn.settings_seen or conn.closed:
+                continue
+            if not asked_s:
+                wait_s = patience.ping_after_s if conn.streams else patience.idle_ping_s
+                if now_s - conn.last_read_s >= wait_s:
+                    conn.ping_sent_s = now_s
+                    conn.control(_PING)
+            elif conn.last_read_s >= asked_s:
+                conn.ping_sent_s = 0.0
+                conn.silent = False
+            elif now_s - max(asked_s, fair_s) >= patience.ping_timeout_s:
+                self._fell_silent(asked_s, now_s)
+                if now_s - asked_s >= patience.silent_close_s:
+                    link.abort()
+        connecting = self._connecting is not None
+        if connecting and now_s - max(self._connecting_since_s, fair_s) >= patience.connect_s:
+            self._fell_silent(self._connecting_since_s, now_s)
+        if self.silent_since_s and (
+            self.heard_s >= self.silent_since_s or not (self._links or connecting)
+        ):
+            self.silent_since_s = 0.0
+
+    def _fell_silent(self, asked_s: float, now_s: float) -> None:
+        """Nothing was heard since ``asked_s``: that holds for all connections that say nothing."""
+        if self.heard_s < asked_s:
+            self.silent_since_s = self.silent_since_s or asked_s
+        for link in self._links:
+            conn = link.conn
+            if conn.settings_seen and conn.last_read_s < asked_s and not conn.silent:
+                conn.silent = True
+                if not conn.ping_sent_s:  # so that it is seen to answer
+                    conn.ping_sent_s = now_s
+                    conn.control(_PING)
+                if self.current is conn:
+                    self.current = None
+
+    def relieve(self, now_s: float, patience: Patience) -> None:
+        """Let calls go elsewhere that are on a connection that is silent, or wait for one too
+        long. To be called behind ``watch``, when those who route know what is silent."""
+        for link in tuple(self._links):
+            if link.conn.silent:
+                for stream in tuple(link.conn.streams.values()):
+                    stream.on_silent()
+        waiting = self._waiting
+        while waiting and now_s - max(waiting[0][0], self._fair_from_s) >= patience.connect_s:
+            _, on_ready = waiting.popleft()
+            text = f"no connection to {self.address} within {patience.connect_s:g} s"
+            on_ready(NoConnection(Unconnected.SILENT, text))
 
     def _on_down(self, link: Link, reason: str) -> None:
         if link in self._links:
@@ -140,7 +238,7 @@ class Peer:
         self._backoff_s = 0.0
         self._connecting = None
         self.current = conn
-        self._answer(conn, "")
+        self._answer(conn)
 
     def on_goaway(self, conn: Outbound) -> None:
         """New calls go to a new connection; this one closes when its last call has ended."""
@@ -161,7 +259,7 @@ class Peer:
         if self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None
-        self._answer(None, "closed")
+        self._answer(NoConnection(Unconnected.CLOSED, "closed"))
         for link in list(self._links):
             if not link.conn.streams:
                 link.close()

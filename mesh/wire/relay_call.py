@@ -20,6 +20,7 @@ from mesh.wire.head import RequestHead, format_timeout
 from mesh.wire.messages import PREFIX_BYTES
 from mesh.wire.outbound import Outbound
 from mesh.wire.peek import peek_model_name
+from mesh.wire.peer import NoConnection, Unconnected
 from mesh.wire.relay_up import WIDEN_BYTES, RelayUp
 from mesh.wire.stream import Buffer, Stream
 from mesh.wire.upstream import Failure, Upstream
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
     from mesh.wire.relay import Relay
 
 _CANCELLED: Final = 1
+# After these an instance may have carried the call out.
+_DELIVERED: Final = frozenset({Failure.LOST, Failure.SILENT})
+_NO_CONNECTION: Final = {
+    Unconnected.FAILED: Failure.CONNECT,
+    Unconnected.CLOSED: Failure.CONNECT,
+    Unconnected.SILENT: Failure.CONNECT,
+    Unconnected.FULL: Failure.OVERLOADED,
+}
 _NEVER: Final = float("inf")
 # A deadline is passed on as it came unless the call has waited longer than this.
 _WAITED_S: Final = 0.001
@@ -280,12 +289,12 @@ class RelayCall(Stream):
     def _await_connection(self, upstream: Upstream, model_id_field: bytes) -> None:
         """No connection can take a stream now: one is made, or its failure tells."""
 
-        def on_ready(ready: Outbound | None, _reason: str) -> None:
+        def on_ready(ready: Outbound | NoConnection) -> None:
             if self._finished:
                 upstream.inflight -= 1
-            elif ready is None:
+            elif isinstance(ready, NoConnection):
                 upstream.inflight -= 1
-                self._attempt_failed(upstream, Failure.CONNECT)
+                self._attempt_failed(upstream, _NO_CONNECTION[ready.why])
             else:
                 self._start(ready, upstream, model_id_field)
 
@@ -361,12 +370,17 @@ class RelayCall(Stream):
         up, self._up = self._up, None
         return up
 
+    def may_retry(self, failure: Failure) -> bool:
+        """Whether it may be sent again after such a failure, when no byte of a reply has come."""
+        return self._held is not None and (
+            failure not in _DELIVERED or self.head.path in self._relay.idempotent
+        )
+
     def _attempt_failed(self, upstream: Upstream, failure: Failure) -> None:
         """No byte of a reply was passed on: may it be tried again?"""
-        relay = self._relay
-        if self._held is None or (
-            failure is Failure.LOST and self.head.path not in relay.idempotent
-        ):
+        if self.may_retry(failure):
+            self._relay.dispatcher.failed(self, upstream, failure)
+        else:
             what = "was lost while it worked on" if failure is Failure.LOST else "did not take"
             self.fail(
                 Unavailable(
@@ -377,8 +391,6 @@ class RelayCall(Stream):
                     + ", so it is not sent again: retry if that is safe"
                 )
             )
-        else:
-            relay.dispatcher.failed(self, upstream, failure)
 
     def _finish(self, code: int) -> None:
         if self._finished:

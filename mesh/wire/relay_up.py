@@ -112,6 +112,14 @@ class RelayUp(Stream):
     def on_lost(self, reason: str) -> None:
         self._over(Failure.LOST)
 
+    def on_silent(self) -> None:
+        """Go elsewhere if that is safe; otherwise only this instance can answer, if it wakes up."""
+        call = self.call
+        if call._up is not self or call._reply_started or not call.may_retry(Failure.SILENT):
+            return
+        self.reset(ErrorCode.CANCEL)
+        self._over(Failure.SILENT)
+
     def _over(self, failure: Failure) -> None:
         """The attempt ended without trailers."""
         call = self.call

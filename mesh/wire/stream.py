@@ -91,6 +91,9 @@ class Stream:
         """The connection is gone."""
         self.on_reset(ErrorCode.CANCEL)
 
+    def on_silent(self) -> None:
+        """The peer answers no PING. What can be done elsewhere may leave this stream."""
+
     def on_drained(self, sent: int) -> None:
         """``sent`` queued bytes have left."""
 

@@ -15,6 +15,7 @@ class Failure(Enum):
     CONNECT = "connect"  # never reached the instance
     REFUSED = "refused"  # REFUSED_STREAM, or GOAWAY below this stream: never delivered
     LOST = "lost"  # the connection broke or the stream was reset after delivery
+    SILENT = "silent"  # the instance answers no PING; taken off it, where a retry is safe
     NOT_HERE = "not-here"  # mesh-error of the instance
     DRAINING = "draining"
     OVERLOADED = "overloaded"

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from mesh.core.errors import Code, NotFound
-from mesh.wire import messages
-from mesh.wire import relay_call
+from mesh.wire import messages, relay_call
 from mesh.wire.client import RpcError
 from mesh.wire.limits import PUBLIC
 from tests.wire.relay_world import ADD, INFER, STREAM, World, hold, request
