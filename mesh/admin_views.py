@@ -186,6 +186,55 @@ class Explanation:
     errors: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class DecisionRow:
+    """One line of ``mesh explain --decisions``. ``who`` decided: a router's or instance's id."""
+
+    at_ms: int
+    kind: str
+    reason: str
+    model_id: str = ""
+    instance_id: str = ""
+    runner_up: str = ""
+    detail: str = ""
+    who: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionList:
+    """The last decisions, latest first. ``unreachable`` names who was not heard, with the reason;
+    ``asked`` counts the processes that were."""
+
+    rows: tuple[DecisionRow, ...] = ()
+    unreachable: Mapping[str, str] = field(default_factory=dict)
+    asked: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRow:
+    """One line of ``mesh policy``. ``source``: ``default``, ``flag`` (how the answering router was
+    started) or ``live`` (``config/policy``)."""
+
+    name: str
+    value: Any = None
+    default: Any = None
+    source: str = ""
+    unit: str = ""
+    expected: str = ""
+    group: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyView:
+    """Every threshold as the answering router has it. ``refused`` tells why what stands in
+    ``config/policy`` is not acted on, "" where it is; ``warnings`` are about a change."""
+
+    rows: tuple[PolicyRow, ...] = ()
+    refused: str = ""
+    warnings: tuple[str, ...] = ()
+
+
 T = TypeVar("T")
 
 
@@ -234,6 +283,8 @@ def _build(cls: type[T], value: object, where: str) -> T:
 
 def _value(hint: Any, value: object, where: str) -> Any:
     """Check ``value`` against the few kinds of annotation that the views use."""
+    if hint is Any:
+        return value
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         if value is None:

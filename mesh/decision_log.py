@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 from mesh.core.decisions import Decision, Decisions
+from mesh.core.policy import Policy
 
 log = logging.getLogger("mesh.decisions")
 
@@ -27,6 +28,9 @@ class DecisionLog:
         self._now_ms = now_ms
         self._counted = counted
         self.decisions = Decisions(kept)
+
+    def use_policy(self, policy: Policy) -> None:
+        self.decisions.keep(policy.decisions_kept)
 
     def note(
         self,

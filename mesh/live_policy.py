@@ -33,6 +33,7 @@ class LivePolicy:
         self.base = base
         self.policy = base
         self.overrides = _NOTHING  # those that hold now
+        self.refused = ""  # why what stands in the store is not acted on
         self._apply = apply
         self._decisions = decisions
         self._seen: object = _NOTHING
@@ -48,8 +49,9 @@ class LivePolicy:
         except InvalidArgument as error:
             log.error("config/policy is not acted on: %s", error.message)
             self._note("refused", error.message)
+            self.refused = error.message
             return
-        self.overrides = overrides
+        self.overrides, self.refused = overrides, ""
         if policy == self.policy:
             return
         self.policy = policy

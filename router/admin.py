@@ -43,12 +43,15 @@ log = logging.getLogger(__name__)
 SERVICE: Final = "mesh.admin.v1.Admin"
 DESCRIBE_PATH: Final = "/mesh.internal.v1.Instance/Describe"
 DESCRIBE_TIMEOUT_S: Final = 2.0
-RPCS: Final = ("Apply", "List", "Describe", "Delete", "Explain")
+RPCS: Final = (
+    *("Apply", "List", "Describe", "Delete", "Explain", "Decisions"),
+    *("GetPolicy", "SetPolicy", "GetTypeConstraints", "SetTypeConstraints"),
+)
 # A list of a hundred thousand models takes a while to write down; requests are served in between.
 _LIST_SLICE: Final = 500
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Admin:
     """``now_ms`` is the wall clock's reading."""
 
@@ -61,6 +64,9 @@ class Admin:
     policy: Policy
     now_ms: Callable[[], int]
     namespace: str = "default"
+
+    def use_policy(self, policy: Policy) -> None:
+        self.policy = policy
 
     def methods(self, metrics: RouterMetrics) -> dict[str, AsyncUnary]:
         """Full path to method."""

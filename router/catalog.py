@@ -103,7 +103,7 @@ class Catalog:
             if done.succeeded:
                 self._view.put_model(record)
                 return "created"
-        raise _contended(model_id)
+        raise contended(model_id)
 
     async def unregister(self, model_id: str) -> bool:
         """Remove a model; whether it was there. FailedPrecondition while an alias names it."""
@@ -122,7 +122,7 @@ class Catalog:
             if done.succeeded:
                 self._view.delete_model(model_id)
                 return True
-        raise _contended(model_id)
+        raise contended(model_id)
 
     async def _names_of(self, model_id: str) -> list[str]:
         """Aliases that name the model now. The view proposes, the store confirms."""
@@ -170,7 +170,7 @@ class Catalog:
                 self._view.put_model(new_model)
                 self._view.put_vmodel(new_alias)
                 return "created" if alias.record is None else "configured"
-        raise _contended(name)
+        raise contended(name)
 
     def _moved(self, old: VModelRecord | None, wanted: VModelRecord) -> VModelRecord:
         if old is None:
@@ -220,7 +220,7 @@ class Catalog:
                 for model_id in gone:
                     self._view.delete_model(model_id)
                 return True, tuple(sorted(gone))
-        raise _contended(name)
+        raise contended(name)
 
     # ---- the leader's writes ------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ def _merged(known: ModelRecord | None, wanted: ModelRecord) -> ModelRecord:
     return replace(known, **{name: getattr(wanted, name) for name in _SCALING})
 
 
-def _contended(name: str) -> Unavailable:
+def contended(name: str) -> Unavailable:
     return Unavailable(
         f"{name!r} was being changed by others in each of {MAX_TRIES} tries: try again",
         retry_after_ms=RETRY_MS,

@@ -60,7 +60,7 @@ class IndexEntry:
     version: str = "1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Oip:
     """The answers, for gRPC (``methods``) and for REST. ``now_ms`` is the wall clock's reading."""
 
@@ -71,6 +71,9 @@ class Oip:
     policy: Policy
     now_ms: Callable[[], int]
     software_version: str = ""
+
+    def use_policy(self, policy: Policy) -> None:
+        self.policy = policy
 
     def methods(self, metrics: RouterMetrics) -> dict[str, AsyncUnary]:
         """Full path to method."""

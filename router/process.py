@@ -17,14 +17,17 @@ import random
 import secrets
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mesh.core.errors import MeshError, Unimplemented
-from mesh.core.types import CopyState
+from mesh.core.live_config import POLICY
+from mesh.core.policy import Policy
 from mesh.core.view import ClusterView
+from mesh.decision_log import DecisionLog
 from mesh.election import Election
+from mesh.live_policy import LivePolicy
 from mesh.metrics import RouterMetrics
 from mesh.oip import reflection_data
 from mesh.registry import LEADER_KEY
@@ -41,13 +44,18 @@ from mesh.wire.server import Server
 from mesh.wire.transport import pump_of
 from router import reflection
 from router.admin import RPCS as ADMIN_RPCS
+from router.admin import SERVICE as ADMIN
 from router.admin import Admin
+from router.admin_decisions import DecisionsAdmin
+from router.admin_settings import SettingsAdmin
 from router.catalog import Catalog
 from router.dispatch import Dispatcher
 from router.gateway import Gateway
+from router.gauges import report
 from router.health import Health
 from router.leader import LeaderLoop
 from router.listeners import HTTP1, HTTP2, HttpListener, operations, tls_context
+from router.live_settings import LiveSettings
 from router.loads import Loads
 from router.management import Management
 from router.names import NameLookup
@@ -55,6 +63,7 @@ from router.oip import IDEMPOTENT, RELAYED, Oip
 from router.peers import Peers
 from router.readiness import Readiness, State
 from router.rest import Rest
+from router.rpc import methods_of
 from router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
@@ -70,7 +79,10 @@ _SCRAPE_S: Final = 1.0
 _PENDING_LOADS: Final = 4
 # Internal calls have methods of their own in instances; no client reaches them through a router.
 _INTERNAL: Final = (
-    *(f"/mesh.internal.v1.Instance/{rpc}" for rpc in ("Load", "Unload", "Describe", "Rest")),
+    *(
+        f"/mesh.internal.v1.Instance/{rpc}"
+        for rpc in ("Load", "Unload", "Describe", "Decisions", "Rest")
+    ),
     *(
         f"/mmesh.ModelRuntime/{rpc}"
         for rpc in ("loadModel", "unloadModel", "predictModelSize", "modelSize", "runtimeStatus")
@@ -108,6 +120,12 @@ class Router:
             per_model=settings.per_model_metrics,
             methods=ADMIN_RPCS,
         )
+        self.decisions = DecisionLog(
+            now_ms=wall_clock_ms,
+            counted=lambda kind, reason: self.metrics.counter("decisions", kind, reason),
+            kept=policy.decisions_kept,
+        )
+        self.live_policy = LivePolicy(policy, self._use_policy, self.decisions)
         self.readiness = Readiness()
         self.view = view = ClusterView()
         self.peers = Peers(
@@ -115,7 +133,14 @@ class Router:
             make_upstream=lambda address: Upstream(address, limits=inside),
             make_channel=lambda address: Channel(address, limits=inside),
         )
-        self.loads = Loads(view, self.peers, self.metrics, policy=policy, now_ms=wall_clock_ms)
+        self.loads = Loads(
+            view,
+            self.peers,
+            self.metrics,
+            policy=policy,
+            now_ms=wall_clock_ms,
+            decisions=self.decisions,
+        )
         self.names = NameLookup(store, view, clock=time.monotonic)
         self.dispatcher = Dispatcher(
             view,
@@ -160,12 +185,24 @@ class Router:
         self._store_connected = False
         self._closed = False
         self._frozen_models = 0
-        self._report()
+        report(
+            self.metrics,
+            view,
+            dispatcher=self.dispatcher,
+            loads=self.loads,
+            peers=self.peers,
+            leader=self.leader,
+            election=self.election,
+            relay=self.relay,
+            server=self.server,
+            store_connected=lambda: self._store_connected,
+            now_ms=wall_clock_ms,
+        )
 
     def _methods(self) -> dict[str, Method]:
         metrics = self.metrics
         management = Management(self.view, self.catalog, self.loads, self.names, wall_clock_ms)
-        admin = Admin(
+        self.admin = Admin(
             self.view,
             self.catalog,
             self.dispatcher,
@@ -176,11 +213,18 @@ class Router:
             wall_clock_ms,
             self.settings.namespace,
         )
+        decisions = DecisionsAdmin(self.router_id, self.view, self.decisions.decisions, self.peers)
+        settings = SettingsAdmin(
+            self.view,
+            LiveSettings(self._store, self.view, on_change=self._read_live_policy),
+            self.live_policy,
+        )
         health = Health(self.readiness, reflection_data.PUBLIC_SERVICES)
         return {
             **self.oip.methods(metrics),
             **management.methods(metrics),
-            **admin.methods(metrics),
+            **self.admin.methods(metrics),
+            **methods_of(ADMIN, {**decisions.rpcs(), **settings.rpcs()}, metrics),
             **health.methods(metrics),
             **reflection.methods(),
             **dict.fromkeys(_INTERNAL, _NOT_PERMITTED),
@@ -291,10 +335,20 @@ class Router:
 
     def _stepped(self, touched: frozenset[str] | None) -> None:
         """The view has changed; ``touched`` is None when it was read anew as a whole."""
+        self._read_live_policy()
+        self.loads.view_changed()
         self.leader.wake(touched)
         if touched is None and self.readiness.synced:
             gc.collect()
             self._freeze()
+
+    def _read_live_policy(self) -> None:
+        self.live_policy.read(self.view.config.get(POLICY))
+
+    def _use_policy(self, policy: Policy) -> None:
+        """``config/policy`` has changed."""
+        for part in (self.loads, self.oip, self.admin, self.decisions):
+            part.use_policy(policy)
 
     def _freeze(self) -> None:
         """Take what is there now out of later collections: over a hundred thousand records a full
@@ -303,7 +357,6 @@ class Router:
         self._frozen_models = len(self.view.models)
 
     async def _upkeep(self) -> None:
-        policy = self.settings.policy
         while True:
             await asyncio.sleep(UPKEEP_S)
             await self.peers.prune()
@@ -311,7 +364,9 @@ class Router:
             if len(self.view.models) > _FREEZE_GROWTH * self._frozen_models + _FREEZE_MIN:
                 self._freeze()
             # A load ends its own pending entry; this is for one whose end was never heard of.
-            self.view.expire_pending(wall_clock_ms() - _PENDING_LOADS * policy.load_timeout_ms)
+            self.view.expire_pending(
+                wall_clock_ms() - _PENDING_LOADS * self.live_policy.policy.load_timeout_ms
+            )
             try:
                 await self._store.get(LEADER_KEY)
                 self._store_connected = True
@@ -335,40 +390,6 @@ class Router:
     def _render(self) -> tuple[bytes, str]:
         self.dispatcher.publish_counters()
         return self.metrics.render()
-
-    def _report(self) -> None:
-        """Gauges read what they tell when they are asked; those of the whole mesh only of the
-        leader, so that they are not counted once for each router."""
-        view = self.view
-
-        def of_leader(read: Callable[[], float]) -> Callable[[], float | None]:
-            return lambda: read() if self.election.is_leader else None
-
-        sources: dict[str, Callable[[], float | None]] = {
-            "waiting": lambda: self.loads.waiting,
-            "route_models": lambda: self.dispatcher.table_size()[0],
-            "route_copies": lambda: self.dispatcher.table_size()[1],
-            "instances": lambda: len(view.instances),
-            "view_revision": lambda: view.revision,
-            "leader": lambda: float(self.election.is_leader),
-            "buffered_bytes": lambda: self.relay.budget.used_bytes + self.relay.budget.queued_bytes,
-            "inflight": lambda: self.dispatcher.inflight,
-            "connections": lambda: self.server.connections,
-            "store_connected": lambda: float(self._store_connected),
-            "models_managed": of_leader(lambda: len(view.models)),
-            "models_loaded": of_leader(self._models_loaded),
-            "models_with_failure": of_leader(self._models_with_failure),
-        }
-        for name, read in sources.items():
-            self.metrics.gauge_source(name, read)
-
-    def _models_loaded(self) -> int:
-        copies = self.view.all_copies()
-        return len({copy.model_id for copy in copies if copy.state is CopyState.LOADED})
-
-    def _models_with_failure(self) -> int:
-        now_ms = wall_clock_ms()
-        return len({f.model_id for f in self.view.all_failures() if f.expires_at_ms > now_ms})
 
 
 def _refuse(head: RequestHead) -> tuple[MeshError, Metadata]:

@@ -36,11 +36,16 @@ class Decisions:
     def add(self, decision: Decision) -> None:
         self._kept.append(decision)
 
-    def recent(self, limit: int, *, model_id: str = "") -> tuple[Decision, ...]:
-        """The last ``limit`` (of one model when named), latest first."""
+    def keep(self, kept: int) -> None:
+        """So many from now on; the oldest go first."""
+        if kept != self._kept.maxlen:
+            self._kept = deque(self._kept, maxlen=kept)
+
+    def recent(self, limit: int, *, model_id: str = "", since_ms: int = 0) -> tuple[Decision, ...]:
+        """The last ``limit`` (of one model when named, not before ``since_ms``), latest first."""
         found: list[Decision] = []
         for decision in self._latest_first():
-            if len(found) >= limit:
+            if len(found) >= limit or decision.at_ms < since_ms:
                 break
             if not model_id or decision.model_id == model_id:
                 found.append(decision)
