@@ -28,6 +28,8 @@ LOG_FILES_KEPT: Final = 3
 TAIL_LINES: Final = 12
 # A longer line is cut: it would be a dump, not a message.
 LINE_MAX_BYTES: Final = 8192
+# A child's readiness document is some hundred bytes.
+HTTP_ANSWER_MAX_BYTES: Final = 65_536
 # How long a dead child's pipe is read on: a grandchild may still hold it open.
 _PIPE_GRACE_S: Final = 1.0
 
@@ -174,17 +176,27 @@ def describe_exit(status: int | None) -> str:
         return f"killed by signal {-status}"
 
 
-async def http_ready(host: str, port: int, path: str, timeout_s: float = 2.0) -> bool:
+async def http_ready(host: str, port: int, path: str) -> bool:
     """Whether GET answers 200. Any failure is "not yet"."""
+    return await http_get(host, port, path) is not None
+
+
+async def http_get(host: str, port: int, path: str, timeout_s: float = 2.0) -> bytes | None:
+    """The body of an answer with status 200; None for anything else."""
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(host, port)
             try:
                 request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
                 writer.write(request.encode())
-                status_line = await reader.readline()
+                answer = await reader.read(HTTP_ANSWER_MAX_BYTES)
+                while more := await reader.read(HTTP_ANSWER_MAX_BYTES):
+                    answer += more
+                    if len(answer) > HTTP_ANSWER_MAX_BYTES:
+                        return None
             finally:
                 writer.close()
     except (OSError, TimeoutError, ValueError):
-        return False
-    return status_line.split(b" ")[1:2] == [b"200"]
+        return None
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return body if head.split(b" ")[1:2] == [b"200"] else None

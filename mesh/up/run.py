@@ -7,6 +7,7 @@ goes wrong later is told at the terminal while the rest goes on.
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Final, Protocol
 
 from mesh.folder_sync import Applier, FolderSync
 from mesh.up.assembly import Assembly, assemble
+from mesh.up.child import http_get
 from mesh.up.layout import DataDir, UpRefused, locked
 from mesh.up.settings import Addresses, UpSettings
 from mesh.up.supervisor import Supervisor
@@ -23,6 +25,7 @@ from mesh.up.terminal import Terminal
 
 SCAN_PERIOD_S: Final = 1.0
 _SAME_PRESS_S: Final = 0.5
+_KNOWN_POLL_S: Final = 0.05
 
 
 class Front(Protocol):
@@ -108,6 +111,7 @@ async def _when_ready(
 ) -> None:
     await supervisor.ready.wait()
     try:
+        await all_known(assembly.addresses.router_metrics, settings.instances)
         sync = None
         if settings.models is not None:
             sync = FolderSync(
@@ -129,6 +133,26 @@ async def _when_ready(
         # The mesh serves without its folder; that it is not watched any more must be known.
         terminal.write(f"ERROR: the models folder is not watched any more: {error!r}")
         raise
+
+
+async def all_known(router_metrics: Sequence[str], instances: int) -> None:
+    """Until each router's view has as many instances: one that is ready has told the store, and a
+    router hears of it a moment later. The first request must not come in between."""
+    for address in router_metrics:
+        host, _, port = address.rpartition(":")
+        while True:
+            if await _instances_known(host.strip("[]"), int(port)) >= instances:
+                break
+            await asyncio.sleep(_KNOWN_POLL_S)
+
+
+async def _instances_known(host: str, port: int) -> int:
+    body = await http_get(host, port, "/readyz")
+    try:
+        known = json.loads(body or b"{}").get("instances", 0)
+    except (ValueError, AttributeError):
+        return 0
+    return known if isinstance(known, int) else 0
 
 
 async def _announce(
