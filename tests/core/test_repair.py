@@ -25,8 +25,8 @@ def swept(*records: Record) -> RepairPlan:
     return plan_repair(view_of(*records), now_ms=NOW, policy=POLICY)
 
 
-def orders(plan: RepairPlan) -> list[tuple[str, str, str, bool]]:
-    return [(o.model_id, o.placement.instance_id, o.reason, o.proactive) for o in plan.loads]
+def orders(plan: RepairPlan) -> list[tuple[str, str, str, str]]:
+    return [(o.model_id, o.placement.instance_id, o.reason, o.priority.value) for o in plan.loads]
 
 
 def test_a_healthy_cluster_needs_nothing() -> None:
@@ -60,7 +60,7 @@ def test_an_auto_delete_model_without_an_alias_goes_after_its_grace() -> None:
 
 def test_two_or_more_minimum_copies_are_loaded_where_there_is_room() -> None:
     plan = swept(model(min_copies=2), instance("a"), instance("b"), copy("m", "a"))
-    assert orders(plan) == [("m", "b", "min_copies", True)]
+    assert orders(plan) == [("m", "b", "min_copies", "COPY")]
 
 
 def test_minimum_copies_never_evict() -> None:
@@ -76,21 +76,21 @@ def test_one_minimum_copy_is_no_wish() -> None:
 
 def test_a_pinned_model_is_loaded_even_where_something_has_to_go() -> None:
     plan = swept(model(pinned=True), instance("a", used_bytes=100))
-    assert orders(plan) == [("m", "a", "pinned", False)]
+    assert orders(plan) == [("m", "a", "pinned", "AWAITED")]
 
 
-def test_a_pinned_model_with_a_copy_needs_none() -> None:
-    assert swept(model(pinned=True), instance("a"), copy("m", "a", LOADING)).loads == ()
+def test_a_pinned_model_with_a_pinned_copy_needs_none() -> None:
+    assert swept(model(pinned=True), instance("a"), copy("m", "a", pinned=True)).loads == ()
 
 
 def test_a_pinned_copy_on_a_draining_instance_is_replaced_in_time() -> None:
     plan = swept(model(pinned=True), instance("a", DRAINING), instance("b"), copy("m", "a"))
-    assert orders(plan) == [("m", "b", "pinned", False)]
+    assert orders(plan) == [("m", "b", "pinned", "AWAITED")]
 
 
 def test_further_copies_of_a_pinned_model_are_as_soft_as_any() -> None:
-    records = (model(pinned=True, min_copies=2), instance("a"), copy("m", "a"))
-    assert orders(swept(*records, instance("b"))) == [("m", "b", "min_copies", True)]
+    records = (model(pinned=True, min_copies=2), instance("a"), copy("m", "a", pinned=True))
+    assert orders(swept(*records, instance("b"))) == [("m", "b", "min_copies", "COPY")]
     assert swept(*records, instance("b", used_bytes=99)).loads == ()
 
 
@@ -113,7 +113,8 @@ def test_asking_again_after_each_round_fills_all_and_never_over_capacity() -> No
         *(instance(i, capacity=50) for i in "abc"),
     )
     rounds: list[tuple[LoadOrder, ...]] = []
-    while loads := missing_copies(view, now_ms=NOW, policy=POLICY)[0]:
+    policy = replace(POLICY, min_copies_capacity_share=1.0)
+    while loads := missing_copies(view, now_ms=NOW, policy=policy)[0]:
         assert len({o.placement.instance_id for o in loads}) == len(loads)
         for order in loads:
             view.add_pending(

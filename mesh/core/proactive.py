@@ -1,0 +1,132 @@
+"""What the leader has loaded ahead of any request: the most recently used models, into free memory.
+
+Nothing is evicted for it: every instance keeps ``Policy.proactive_free_share`` of its memory free
+for what is asked for, and as long as it is busy with loads it gets no such load, so that after a
+restart of everything awaited loads come first. At most ``proactive_loads_max`` are under way in the
+whole mesh, because the artifact store serves the awaited ones too.
+
+A model that rests for longer than its idle unload allows is not fetched back, nor is one that
+failed to load lately. Pure; the leader's shell asks every ``Policy.proactive_sweep_ms`` and as such
+loads end, and not in its first ``proactive_quiet_ms``.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterable
+from itertools import islice
+from typing import Final
+
+from mesh.core.placement import Placement, place, predict_size_bytes
+from mesh.core.policy import Policy
+from mesh.core.repair import LoadOrder
+from mesh.core.types import LoadPriority, ModelRecord
+from mesh.core.view import ClusterView
+
+# Models that one walk over the last uses ranks: what is loaded until the next walk.
+RANKED_MAX: Final = 1_024
+# Models that are looked at for one that is loaded: some fit nowhere, or failed lately.
+_LOOKED_AT: Final = 4
+
+
+def plan_proactive(
+    view: ClusterView,
+    *,
+    now_ms: int,
+    policy: Policy,
+    under_way: Collection[str],
+    ranked: Iterable[str] | None = None,
+    most: int | None = None,
+) -> tuple[LoadOrder, ...]:
+    """Loads of models without a copy, the most recently used first, each instance at most one.
+
+    ``under_way``: models whose proactive load has not ended. ``ranked``: what ``recent_models``
+    said lately; without it the last uses are walked now, if there is room for any. ``most``: name
+    at most so many now, for who does it in slices.
+    """
+    left = policy.proactive_loads_max - len(under_way)
+    if most is not None:
+        left = min(left, most)
+    if left <= 0 or not view.synced:
+        return ()
+    room = _room(view, policy)
+    if not room:
+        return ()
+    if ranked is None:
+        ranked = recent_models(view, now_ms=now_ms, policy=policy)
+    wanted = (
+        model_id
+        for model_id in ranked
+        if model_id in view.models
+        and model_id not in under_way
+        and not view.copies_of(model_id)
+        and not view.pending_of(model_id)
+    )
+    orders: list[LoadOrder] = []
+    for model_id in islice(wanted, _LOOKED_AT * left):
+        placed = _place(view, view.models[model_id], room, now_ms, policy)
+        if placed is not None:
+            del room[placed.instance_id]
+            orders.append(LoadOrder(model_id, placed, LoadPriority.PROACTIVE, "recently_used"))
+        if len(orders) >= left or not room:
+            break
+    return tuple(orders)
+
+
+def recent_models(
+    view: ClusterView,
+    *,
+    now_ms: int,
+    policy: Policy,
+    passed_over: Collection[str] = (),
+    count: int = RANKED_MAX,
+) -> tuple[str, ...]:
+    """The ``count`` most recently used models that have no copy and may have one, latest first.
+
+    ``passed_over``: refused lately. Walks all known last uses.
+    """
+    copied, models = view.copied_models(), view.models
+    has_copy = copied if isinstance(copied, Collection) else frozenset(copied)
+    least_ms = now_ms - policy.proactive_recent_ms
+    best: list[tuple[int, str]] = []  # a heap: the least recent one first
+    for model_id, at_ms in view.last_used.items():
+        if at_ms < least_ms or model_id in has_copy or model_id in passed_over:
+            continue
+        if not _may_rest(models.get(model_id), now_ms - at_ms, policy):
+            continue
+        if len(best) < count:
+            heapq.heappush(best, (at_ms, model_id))
+        elif count:
+            heapq.heappushpop(best, (at_ms, model_id))
+            least_ms = best[0][0]  # from here on nearly all are passed by the first comparison
+    return tuple(model_id for _, model_id in sorted(best, key=lambda use: (-use[0], use[1])))
+
+
+def _may_rest(model: ModelRecord | None, idle_ms: int, policy: Policy) -> bool:
+    """Whether a copy that was unused for so long would stay."""
+    if model is None:
+        return False
+    idle_max_ms = policy.idle_unload_ms if model.idle_unload_ms is None else model.idle_unload_ms
+    return idle_max_ms <= 0 or idle_ms < idle_max_ms
+
+
+def _room(view: ClusterView, policy: Policy) -> dict[str, int]:
+    """Bytes that each READY instance has to spare; those busy with loads are not in it."""
+    room: dict[str, int] = {}
+    for instance_id, slot in view.instances.items():
+        record = slot.record
+        spare = slot.effective_free_bytes - int(record.capacity_bytes * policy.proactive_free_share)
+        if slot.ready and spare > 0 and slot.loads_in_progress < max(1, record.load_slots - 1):
+            room[instance_id] = spare
+    return room
+
+
+def _place(
+    view: ClusterView, model: ModelRecord, room: dict[str, int], now_ms: int, policy: Policy
+) -> Placement | None:
+    size_bytes = predict_size_bytes(model, policy)
+    if max(room.values()) < size_bytes:
+        return None
+    without = [i for i in view.instances if room.get(i, -1) < size_bytes]
+    placed = place(view, model, now_ms=now_ms, policy=policy, exclude=frozenset(without))
+    return placed if isinstance(placed, Placement) and not placed.full else None
