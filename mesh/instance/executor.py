@@ -35,7 +35,7 @@ from mesh.instance.servable import INLINE_BYTES_MAX, Servable
 from mesh.metrics import InstanceMetrics
 from mesh.oip.call import InferCall
 from mesh.oip.tensors import InferCodec
-from mesh.runtimes.api import Tensor
+from mesh.runtimes.api import ModelLost, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ MAX_HELD_BYTES: Final = 256 * 1024 * 1024
 # Inline requests that wait for the next turn of the loop; beyond that threads help.
 MAX_DEFERRED: Final = 256
 OVERLOADED: Final = (("mesh-error", "overloaded"),)
+NOT_HERE: Final = (("mesh-error", "not-here"),)
 
 
 class Job:
@@ -115,7 +116,8 @@ def unexpected(servable: Servable, error: Exception) -> MeshError:
 
 class Executor:
     """See the module's docstring. ``on_idle(model_id)`` is called when a copy's last request in
-    flight has ended and ``idle_wanted()`` says that somebody waits for that."""
+    flight has ended and ``idle_wanted()`` says that somebody waits for that, ``on_lost(model_id)``
+    when its runtime says that it has the model no more."""
 
     def __init__(
         self,
@@ -126,12 +128,14 @@ class Executor:
         *,
         on_idle: Callable[[str], None],
         idle_wanted: Callable[[], bool],
+        on_lost: Callable[[str], None] = lambda model_id: None,
     ) -> None:
         self.use_policy(policy)
         self._metrics = metrics
         self._offset_ms = clock_offset_ms
         self._on_idle = on_idle
         self._idle_wanted = idle_wanted
+        self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._turn_ns = 0
         self._turn_open = False
@@ -253,7 +257,7 @@ class Executor:
         self, servable: Servable, sink: Sink, method: str, error: MeshError, arrived_ns: int
     ) -> int:
         """When it ended."""
-        sink.fail(error)
+        self._fail(servable, sink, error)
         ended_ns = perf_counter_ns()
         servable.statistics.fail_count += 1
         servable.statistics.fail_ns += ended_ns - arrived_ns
@@ -261,6 +265,14 @@ class Executor:
             method, int(error.code), (ended_ns - arrived_ns) / 1e6, servable.model_id
         )
         return ended_ns
+
+    def _fail(self, servable: Servable, sink: Sink, error: MeshError) -> None:
+        """A model that its runtime has lost is not here: the router has it loaded anew."""
+        if isinstance(error, ModelLost):
+            self._on_lost(servable.model_id)
+            sink.fail(error, trailers=NOT_HERE)
+        else:
+            sink.fail(error)
 
     def _open_turn(self) -> None:
         """``call_soon`` runs in the next turn of the loop: then the budget is new."""
@@ -420,7 +432,7 @@ class Executor:
         spent_ns = perf_counter_ns() - since_ns
         job.servable.statistics.fail_count += 1
         job.servable.statistics.fail_ns += spent_ns
-        job.sink.fail(error)
+        self._fail(job.servable, job.sink, error)
         self._metrics.invoke_done(
             job.method, int(error.code), spent_ns / 1e6, job.servable.model_id
         )

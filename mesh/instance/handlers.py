@@ -19,11 +19,14 @@ from protos import mesh_internal_pb2 as internal_pb2
 
 INFERENCE: Final = "/inference.GRPCInferenceService/"
 INTERNAL: Final = "/mesh.internal.v1.Instance/"
+# Decisions that are told when the request names no number, and at most.
+DECISIONS_DEFAULT: Final = 100
+DECISIONS_MAX: Final = 10_000
 _PRIORITIES: Final = (LoadPriority.AWAITED, LoadPriority.COPY, LoadPriority.PROACTIVE)
 
 
 class InternalMethods:
-    """Load, Unload, Describe: thin, the pod does the work."""
+    """Load, Unload, Describe, Decisions: thin, the pod does the work."""
 
     def __init__(self, pod: Pod) -> None:
         self._pod = pod
@@ -33,6 +36,7 @@ class InternalMethods:
             INTERNAL + "Load": slow(self._load),
             INTERNAL + "Unload": slow(self._unload),
             INTERNAL + "Describe": quick(self._describe),
+            INTERNAL + "Decisions": quick(self._decisions),
         }
 
     async def _load(self, message: bytes) -> Message:
@@ -46,6 +50,7 @@ class InternalMethods:
                 request.model_record,
                 request.pin,
                 request.use_score,
+                request.reason,
             )
         )
         return internal_pb2.LoadResponse(
@@ -59,13 +64,20 @@ class InternalMethods:
 
     async def _unload(self, message: bytes) -> Message:
         request = parse(internal_pb2.UnloadRequest, message)
-        was_here = await self._pod.unload(_named(request.model_id))
+        was_here = await self._pod.unload(_named(request.model_id), request.reason)
         return internal_pb2.UnloadResponse(was_here=was_here)
 
     def _describe(self, _: ServerCall, message: bytes) -> Message:
         request = parse(internal_pb2.DescribeRequest, message)
         document: dict[str, Any] = describe(self._pod, _named(request.model_id))
         return internal_pb2.DescribeResponse(json=orjson.dumps(document).decode())
+
+    def _decisions(self, _: ServerCall, message: bytes) -> Message:
+        request = parse(internal_pb2.DecisionsRequest, message)
+        noted = self._pod.decisions
+        limit = min(request.limit or DECISIONS_DEFAULT, DECISIONS_MAX)
+        found = noted.decisions.recent(limit, model_id=request.model_id) if noted else ()
+        return internal_pb2.DecisionsResponse(json=orjson.dumps(found).decode())
 
 
 def _named(model_id: str) -> str:

@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from typing import Final
 
 from mesh.core.errors import InvalidArgument, MeshError, Unavailable
-from mesh.instance.executor import Executor
+from mesh.instance.executor import NOT_HERE, Executor
 from mesh.instance.forms import GrpcForm, TwoModels
 from mesh.instance.rest import RestForm
 from mesh.instance.servable import Servable
 from mesh.oip.protobuf_fields import varint
+from mesh.runtimes.api import ModelLost
 from mesh.wire.head import RequestHead
 from mesh.wire.messages import Metadata
 from mesh.wire.server import ServerCall, StreamCall
 from protos import oip_pb2
 
-NOT_HERE: Final = (("mesh-error", "not-here"),)
 DRAINING: Final = (("mesh-error", "draining"),)
 
 # The router's last field, when it routed by a name before it had seen the whole message.
@@ -123,7 +123,12 @@ class Inference:
             sink = _StreamSink(call.deadline_s)
             call.on_cancel = sink.cancel
             self._executor.submit(servable, form, sink, message, "ModelStreamInfer")
-            await call.send(await sink.answer)
+            try:
+                answer = await sink.answer
+            except ModelLost as error:
+                call.fail(error, trailers=NOT_HERE)
+                return
+            await call.send(answer)
 
 
 class _StreamSink:
@@ -143,7 +148,7 @@ class _StreamSink:
     def fail(self, error: MeshError, *, trailers: Metadata = ()) -> None:
         if self.answer.done():
             return
-        if isinstance(error, TwoModels):  # it may belong elsewhere: the whole stream ends
+        if isinstance(error, TwoModels | ModelLost):  # it belongs elsewhere: the stream ends
             self.answer.set_exception(error)
         else:
             response = oip_pb2.ModelStreamInferResponse(error_message=error.message)

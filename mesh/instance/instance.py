@@ -9,11 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from typing import Final
 
 from mesh.artifacts import ArtifactSource
 from mesh.core.cache_table import CacheConfig
+from mesh.core.live_config import POLICY
+from mesh.core.policy import Policy
 from mesh.core.types import InstanceRecord, InstanceState
+from mesh.decision_log import DecisionLog
 from mesh.instance.clock import Clock
+from mesh.instance.drainer import Drainer
 from mesh.instance.executor import Executor
 from mesh.instance.handlers import instance_methods
 from mesh.instance.http import HealthListener
@@ -24,6 +29,7 @@ from mesh.instance.model_info import ModelInfo
 from mesh.instance.pod import Pod
 from mesh.instance.publisher import Publisher
 from mesh.instance.settings import InstanceSettings
+from mesh.live_policy import LivePolicy
 from mesh.metrics import InstanceMetrics
 from mesh.store.api import KVStore
 from mesh.wire.server import Server
@@ -31,7 +37,12 @@ from mesh.wire.server import Server
 log = logging.getLogger(__name__)
 
 # Requests a minute are taken over at least so long.
-RATE_WINDOW_MS = 10_000
+RATE_WINDOW_MS: Final = 10_000
+# Of the time for a drain, what moves of copies leave to the requests in flight: a third, at most
+# so long.
+DRAIN_RESERVE_MS: Final = 5_000
+# Taking the record away may last so long; else the lease runs out by itself.
+LEAVE_TIMEOUT_S: Final = 2.0
 
 
 class Instance:
@@ -51,6 +62,11 @@ class Instance:
         self.metrics = InstanceMetrics(
             version=settings.software_version, per_model=settings.per_model_metrics
         )
+        self.decisions = DecisionLog(
+            now_ms=self.clock.now_ms,
+            counted=lambda kind, reason: self.metrics.counter("decisions", kind, reason),
+            kept=settings.policy.decisions_kept,
+        )
         self.publisher = Publisher(store, self.instance_id)
         self.pod = Pod(
             self.instance_id,
@@ -62,7 +78,9 @@ class Instance:
             runtimes,
             self.metrics,
             self.clock,
+            self.decisions,
         )
+        self.neighbours = self.pod.neighbours
         self.executor = Executor(
             settings.policy,
             settings.inference_threads,
@@ -70,6 +88,7 @@ class Instance:
             self.clock.offset_ms,
             on_idle=self.pod.became_idle,
             idle_wanted=self.pod.idle_wanted,
+            on_lost=self.pod.lost,
         )
         self.inference = Inference(self.pod.servables, self.executor)
         self.info = ModelInfo(
@@ -80,6 +99,8 @@ class Instance:
         )
         self.health = HealthListener(self.metrics, self.not_ready)
         self.membership = Membership(self.pod, store, self.publisher, self.clock, self.record)
+        self.live_policy = LivePolicy(settings.policy, self.use_policy, self.decisions)
+        self.neighbours.on_config = self._config_read
         self.address = ""
         self.metrics_address = ""
         self._store = store
@@ -118,25 +139,47 @@ class Instance:
         await asyncio.wait({self._member})
         self._member.result()
 
+    def use_policy(self, policy: Policy) -> None:
+        """From now on; what the listener and the threads were made with stays."""
+        config = CacheConfig.from_policy(policy, self.settings.capacity_bytes)
+        self.pod.use_policy(policy, config)
+        self.executor.use_policy(policy)
+        self.decisions.use_policy(policy)
+
+    def _config_read(self) -> None:
+        self.live_policy.read(self.neighbours.view.config.get(POLICY))
+
     async def drain(self) -> None:
-        """Leave without losing a request: say so, serve on while routers hear of it, refuse, let
-        those in flight finish, take the record and the copies away."""
+        """Leave without losing a request: say so, have others load what is in use here and serve
+        on meanwhile, refuse, let those in flight finish, take the record and the copies away."""
         settings = self.settings
         log.info("instance %s is draining", self.instance_id)
+        loop = asyncio.get_running_loop()
         self.state = InstanceState.DRAINING
         self.pod.drain()
         self.membership.advertise()
+        notice_s = settings.drain_notice_ms / 1_000
+        until_s = loop.time() + notice_s + settings.drain_timeout_ms / 1_000
         if self.publisher.connected:
-            await asyncio.sleep(settings.drain_notice_ms / 1_000)
+            await asyncio.gather(asyncio.sleep(notice_s), self._move_copies(until_s))
         self.inference.draining = True
-        await self.server.drain(settings.drain_timeout_ms / 1_000)
+        await self.server.drain(max(0.0, until_s - loop.time()))
         try:
-            async with asyncio.timeout(2.0):
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
                 await self.membership.leave()
         except TimeoutError:
             log.warning("the store did not answer; the lease will run out by itself")
         await self.close()
         log.info("instance %s has left", self.instance_id)
+
+    async def _move_copies(self, until_s: float) -> None:
+        timeout_ms, notice_ms = self.settings.drain_timeout_ms, self.settings.drain_notice_ms
+        reserve_ms = min(DRAIN_RESERVE_MS, timeout_ms // 3) + notice_ms
+        left_s = until_s - asyncio.get_running_loop().time() - reserve_ms / 1_000
+        drainer = Drainer(self.pod, self.publisher, self.clock, self.decisions)
+        await drainer.run(max(0.0, left_s))
+        if drainer.moved:
+            await asyncio.sleep(notice_ms / 1_000)  # routers hear of the last of them
 
     async def close(self) -> None:
         """End everything now. Idempotent."""
@@ -175,6 +218,8 @@ class Instance:
             model_types=tuple(self._runtimes.model_types),
             zone=self.settings.zone,
             labels=self.settings.labels,
+            group=self.settings.group,
+            replica_set=self.settings.replica_set,
             metrics_address=self.metrics_address,
             software_version=self.settings.software_version,
         )

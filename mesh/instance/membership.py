@@ -5,6 +5,9 @@ is away, the instance goes on serving what it has. Model records are watched by 
 deletions and changed pins of the copies that are here; everything else is dropped unread. That
 costs each instance one event for a registration or a measured size; a watch of deletions alone
 would need a filter in ``KVStore.watch`` (etcd has NOPUT).
+
+Every ``Policy.audit_ms`` what stands under the lease is compared with what ought to: an instance
+without a record, or a copy without one, comes back by itself, and nothing is left standing.
 """
 
 from __future__ import annotations
@@ -46,7 +49,6 @@ class Membership:
         self._publisher = publisher
         self._clock = clock
         self._describe_self = describe_self
-        self._policy = pod.policy
         self._lease: Lease | None = None
         self._last: InstanceRecord | None = None
         self._last_at_ms = 0
@@ -59,13 +61,15 @@ class Membership:
             group.create_task(self._hold_lease())
             group.create_task(self._advertise())
             group.create_task(self._follow_models())
+            group.create_task(self._audits())
+            group.create_task(self._pod.neighbours.run())
 
     # ---- lease ----
 
     async def _hold_lease(self) -> None:
         while True:
             try:
-                lease = await self._store.lease(self._policy.instance_lease_ttl_ms)
+                lease = await self._store.lease(self._pod.policy.instance_lease_ttl_ms)
             except MeshError as error:
                 log.warning("no lease to be had (%s); serving on, trying again", error)
                 await asyncio.sleep(LEASE_RETRY_S)
@@ -102,8 +106,10 @@ class Membership:
         while True:
             self.advertise()
             self._pod.tick()
+            if self._pod.claims.unconfirmed and self._publisher.connected:
+                await self._pod.confirm()
             now_ms = self._clock.now_ms()
-            if now_ms - self._flushed_at_ms >= self._policy.last_used_flush_ms:
+            if now_ms - self._flushed_at_ms >= self._pod.policy.last_used_flush_ms:
                 self.flush_last_used()
             if not self.joined.is_set() and self._publisher.connected:
                 self.joined.set()
@@ -112,7 +118,7 @@ class Membership:
     def advertise(self) -> None:
         """Publish the record if something notable has changed."""
         record, now_ms = self._describe_self(), self._clock.now_ms()
-        reason = notable(self._last, record, now_ms - self._last_at_ms, self._policy)
+        reason = notable(self._last, record, now_ms - self._last_at_ms, self._pod.policy)
         if reason is not None:
             log.debug("advertising: %s", reason)
             self._last, self._last_at_ms = record, now_ms
@@ -129,6 +135,24 @@ class Membership:
             self._publisher.put(
                 registry.last_used_key(self._pod.instance_id), registry.encode_last_used(uses)
             )
+
+    # ---- audit ----
+
+    async def _audits(self) -> None:
+        while True:
+            await asyncio.sleep(self._pod.policy.audit_ms / 1_000)
+            await self.audit()
+
+    async def audit(self) -> None:
+        """One comparison; what is found is mended by the publisher."""
+        try:
+            missing, excess = await self._publisher.audit()
+        except MeshError as error:
+            log.info("nothing is compared with the store now: %s", error)
+            return
+        for reason, keys in (("missing_in_store", missing), ("excess_in_store", excess)):
+            for key in keys:
+                self._pod.note_repair(reason, key)
 
     # ---- models ----
 

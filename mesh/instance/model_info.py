@@ -8,8 +8,9 @@ from typing import Any, Final, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from mesh.core.errors import InvalidArgument, MeshError, NotFound
+from mesh.instance.executor import NOT_HERE
 from mesh.instance.forms import two_models
-from mesh.instance.inference import NOT_HERE, not_here, peeked_name
+from mesh.instance.inference import not_here, peeked_name
 from mesh.instance.servable import Servable
 from mesh.oip.call import versions_of
 from mesh.runtimes.api import TensorSpec

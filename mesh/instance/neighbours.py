@@ -1,10 +1,10 @@
 """What this instance knows of the others, and what it asks of them: loads and unloads of copies.
 
-Owns a ``ClusterView`` that a watch of ``instances/`` keeps: a few hundred bytes an instance, and an
-event for each notable change of one. Copies and failures are not watched (a mesh has a hundred
-thousand of them); ``read_copies`` reads those of one model when a decision about it is due, and the
-view remembers the last ``MODELS_REMEMBERED`` of them. Whatever else the view could hold is empty:
-decisions take the model's record from their caller.
+Owns a ``ClusterView`` that watches of ``instances/`` and ``config/`` keep: a few hundred bytes an
+instance, and an event for each notable change of one. Copies and failures are not watched (a mesh
+has a hundred thousand of them); ``read_copies`` reads those of one model when a decision about it
+is due, and the view remembers the last ``MODELS_REMEMBERED`` of them. Whatever else the view could
+hold is empty: decisions take the model's record from their caller.
 
 A connection is made when something is asked and closed when its instance has gone, or was asked
 nothing for ``IDLE_S``. Nothing here decides. While the store is away the view stays what it was and
@@ -60,7 +60,8 @@ class _Line:
 
 
 class Neighbours:
-    """``run`` has to run. ``use_of`` tells what goes along with a load of how a model was used."""
+    """``run`` has to run. ``use_of`` tells what goes along with a load of how a model was used;
+    ``on_config`` is called when ``view.config`` has been read."""
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Neighbours:
         clock: Clock,
         *,
         use_of: UseOf = lambda model_id: (0, 0.0),
+        on_config: Callable[[], None] = lambda: None,
         make_channel: Callable[[str], Channel] = Channel,
     ) -> None:
         self.instance_id = instance_id
@@ -79,6 +81,7 @@ class Neighbours:
         self._policy = policy
         self._clock = clock
         self._use_of = use_of
+        self.on_config = on_config
         self._make_channel = make_channel
         self._lines: dict[str, _Line] = {}
         self._read_at: dict[str, int] = {}  # model id -> revision as of which its copies are known
@@ -92,6 +95,7 @@ class Neighbours:
         """Until the store is closed or the task cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_instances())
+            group.create_task(self._follow_config())
             group.create_task(self._close_idle())
 
     async def _follow_instances(self) -> None:
@@ -115,6 +119,27 @@ class Neighbours:
         key = registry.parse_key(event.key)
         if key is not None:
             self.view.delete_instance(key.name)
+
+    async def _follow_config(self) -> None:
+        async for step in self._store.watch(registry.CONFIG_PREFIX):
+            match step:
+                case Snapshot(items):
+                    read = [_config(item) for item in items]
+                    self.view.replace_configs(dict(found for found in read if found is not None))
+                case Changes(events):
+                    for event in events:
+                        self._config_event(event)
+            self.on_config()
+
+    def _config_event(self, event: Put | Delete) -> None:
+        if isinstance(event, Put):
+            found = _config(event)
+            if found is not None:
+                self.view.put_config(*found)
+            return
+        key = registry.parse_key(event.key)
+        if key is not None:
+            self.view.delete_config(key.name)
 
     async def read_copies(self, model_id: str) -> ClusterView:
         """The view, with the copies and failures of this model as they stand in the store now.
@@ -292,3 +317,15 @@ def _instance(item: KeyValue | Put) -> InstanceRecord | None:
         log.warning("an instance's record is skipped: %s", error)
         return None
     return record if isinstance(record, InstanceRecord) else None
+
+
+def _config(item: KeyValue | Put) -> tuple[str, dict[str, object]] | None:
+    """None for a value that makes no sense: the last good one stays."""
+    key = registry.parse_key(item.key)
+    if key is None:
+        return None
+    try:
+        return key.name, registry.decode_config(key.name, item.value)
+    except registry.RecordError as error:
+        log.error("a live setting is not acted on: %s", error)
+        return None

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, Final, assert_never
 
+from mesh import registry
 from mesh.artifacts import ArtifactSource
 from mesh.core.cache import Cache
 from mesh.core.cache_events import (
@@ -96,9 +97,10 @@ class Pod:
         self._tasks: set[asyncio.Task[object]] = set()
         self.evicted_last_used: dict[str, int] = {}  # since the last flush of last uses
 
-    def use_policy(self, policy: Policy) -> None:
+    def use_policy(self, policy: Policy, cache_config: CacheConfig) -> None:
         """From now on; what is loaded stays."""
         self.policy = policy
+        self.cache.config = cache_config
         self.neighbours.use_policy(policy)
         for record in list(self.records.values()):
             self.record_changed(record)
@@ -422,6 +424,13 @@ class Pod:
     def _count(self, model_id: str, outcome: str) -> None:
         record = self.records.get(model_id)
         self._metrics.counter("loads", record.model_type if record else "", outcome)
+
+    def note_repair(self, reason: str, key: str) -> None:
+        """A key in the store that is not as it ought to be."""
+        parsed = registry.parse_key(key)
+        copied = parsed is not None and parsed.family is registry.Family.COPY
+        model_id = parsed.name if parsed is not None and copied else ""
+        self._note("repair", reason, model_id, detail=key, level=logging.WARNING)
 
     def _note(
         self, kind: str, reason: str, model_id: str, *, detail: str = "", level: int = logging.INFO

@@ -28,8 +28,11 @@ class InstanceSettings:
     inference_threads: int = 4  # beside the event loop; one more than a slow model may hold
     zone: str = ""
     labels: tuple[str, ...] = ()
+    group: str = ""  # the deployment that it belongs to
+    replica_set: str = ""  # that deployment's generation: a newer one replaces the older ones
     drain_notice_ms: int = 500  # goes on serving for so long after it has told that it leaves
-    drain_timeout_ms: int = 15_000  # then for so long at most lets requests in flight finish
+    # Then it has so long at most for moving its copies and for requests in flight to finish.
+    drain_timeout_ms: int = 15_000
     per_model_metrics: bool = False
     software_version: str = "0.1.0"
     policy: Policy = field(default_factory=Policy)
@@ -48,5 +51,8 @@ class InstanceSettings:
                 f"InstanceSettings.host is {self.host!r}, every address of this machine; "
                 "advertised_host must say at which one routers reach it"
             )
+        for what in ("drain_notice_ms", "drain_timeout_ms"):
+            if getattr(self, what) < 0:
+                raise ValueError(f"InstanceSettings.{what} must not be negative")
         if not self.etcd_endpoints:
             raise ValueError("InstanceSettings.etcd_endpoints must name at least one endpoint")

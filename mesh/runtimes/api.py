@@ -14,6 +14,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
 
+from mesh.core.errors import Unavailable
+
+
+class ModelLost(Unavailable):
+    """Raised by ``infer``: the runtime does not have the model any more (its process restarted, a
+    device was reset). The copy is dropped, and the request goes to one that is loaded anew."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -81,7 +88,7 @@ class LoadedModel(Protocol):
         shapes) unless it ``accepts_any_input``. They may be read-only views of the request.
 
         ``outputs`` names what is wanted; empty is all. Raises ``MeshError`` (INVALID_ARGUMENT
-        when the input's content is at fault).
+        when the input's content is at fault, ``ModelLost`` when the model is not there any more).
         """
         ...
 
