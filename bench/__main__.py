@@ -13,6 +13,7 @@ from bench import density, inference, miss, relay
 from bench.effort import FULL, SMOKE, USUAL, Effort
 from bench.process import BenchError, Unavailable
 from bench.report import ROOT, Report, machine
+from bench.sim import run as sim
 
 RESULTS = ROOT / "bench/results/local"
 
@@ -23,6 +24,7 @@ PARTS: dict[str, Part] = {
     "end-to-end": ("router and instance against the instance", inference.measure_end_to_end),
     "density": ("10,000 registered models, Zipf requests", density.measure),
     "miss": ("what a miss adds, and hits beside a large load", miss.measure),
+    "sim": ("a mesh in virtual time; `sim --help` for its own options", sim.measure),
 }
 
 
@@ -58,6 +60,8 @@ def effort_of(options: argparse.Namespace) -> Effort:
 
 
 def main(arguments: list[str], parts: Mapping[str, Part] = PARTS) -> int:
+    if arguments[:1] == ["sim"] and parts is PARTS:
+        return sim.main(arguments[1:])
     options = parser().parse_args(arguments)
     unknown = [name for name in options.parts if name not in parts]
     if unknown:

@@ -1,0 +1,136 @@
+"""A whole mesh in virtual time: makes the parts, feeds them a workload, waits until all rests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from bench.sim.checks import Broken, Checks
+from bench.sim.instance import SimInstance
+from bench.sim.router import SimRouter
+from bench.sim.tables import Outcome, Stats, imbalance, quantile
+from bench.sim.workloads import Workload, model_name
+from bench.sim.world import Costs, Settings, World
+from mesh.core.cache_table import Copy
+from mesh.core.types import CopyState, ModelRecord
+
+
+class Cluster:
+    """``run`` once."""
+
+    def __init__(self, settings: Settings, workload: Workload) -> None:
+        self.workload = workload
+        self.settings = settings
+        self.ids = [model_name(number) for number in range(workload.model_count)]
+        sizes = dict(zip(self.ids, workload.size_bytes.tolist(), strict=True))
+        loads = dict(zip(self.ids, workload.load_ms.tolist(), strict=True))
+        self.world = World(settings, Costs(sizes, loads))
+        self.world.stats = Stats()
+        self.world.checks = Checks(self.world)
+        self._lives = 0
+        known = int(len(self.ids) * settings.size_known_share)
+        self.world.store.write(
+            ModelRecord(
+                model_id, "onnx", size_bytes_measured=sizes[model_id] if n < known else None
+            )
+            for n, model_id in enumerate(self.ids)
+        )
+        for number in range(settings.instances):
+            self.add_instance(f"zone-{number % settings.zones}" if settings.zones > 1 else "")
+        self.world.engine.run_until(1_000.0)  # they have joined
+        for number in range(settings.routers):
+            self.world.routers.append(SimRouter(self.world, number))
+
+    def add_instance(self, zone: str = "") -> SimInstance:
+        instance_id = f"i{self._lives}"
+        self._lives += 1
+        instance = SimInstance(self.world, instance_id, self.settings.capacity_bytes, zone)
+        self.world.instances[instance_id] = instance
+        instance.start()
+        return instance
+
+    # ---- a run ------------------------------------------------------------------------------
+
+    def run(self, placement: str = "production") -> Outcome:
+        began = time.perf_counter()
+        start = self.world.engine.time
+        for chunk in self.workload.requests(self.settings.seed):
+            self._requests((chunk.at_ms + start).tolist(), chunk.model.tolist())
+        minutes = (self.world.engine.time - start) / 60_000.0
+        self.settle()
+        return self._outcome(placement, minutes, time.perf_counter() - began)
+
+    def _requests(self, times: Iterable[float], numbers: Iterable[int]) -> None:
+        """Plain hits here and now, everything else by the routers."""
+        world = self.world
+        engine, stats, ids, instances = world.engine, world.stats, self.ids, world.instances
+        run_until, ends = engine.run_until, engine.ends
+        service_ms = self.settings.service_ms
+        loaded = CopyState.LOADED
+        ended = self._hit_ended
+        routers = world.routers
+        turn = stats.requests
+        count = len(routers)
+        hits = 0
+        for at, number in zip(times, numbers, strict=True):
+            if engine.next_time <= at:
+                run_until(at)
+            router = routers[turn % count]
+            turn += 1
+            model_id = ids[number]
+            on = router.view.loaded_on(model_id)
+            if len(on) == 1:
+                instance = instances[on[0]]
+                copy = instance.serving.get(model_id)
+                if copy is not None and copy.use.in_flight < 64:
+                    if copy.state is not loaded:
+                        world.checks.answers(instance, copy)
+                    use = copy.use
+                    use.in_flight += 1
+                    use.uses += 1
+                    use.last_used_at_ms = engine.now_ms
+                    instance.requests += 1
+                    ends.append((at + service_ms, ended, (instance, copy, number)))
+                    hits += 1
+                    continue
+            run_until(at)
+            router.request(model_id)
+        stats.requests = turn
+        stats.hits += hits
+
+    def _hit_ended(self, instance: SimInstance, copy: Copy, number: int) -> None:
+        use = copy.use
+        use.in_flight -= 1
+        if not use.in_flight and instance.cache.awaiting_idle:
+            use.in_flight += 1
+            instance.request_ended(copy)
+
+    def settle(self) -> None:
+        """Until nothing goes on any more. Raises Broken when that takes for ever."""
+        engine, checks = self.world.engine, self.world.checks
+        last = engine.time + self.settings.settle_max_ms
+        while (why := checks.restless()) is not None:
+            if engine.time >= last:
+                raise Broken(f"not at rest {self.settings.settle_max_ms:.0f} ms later: {why}")
+            engine.run_until(engine.time + 500.0)
+        checks.at_rest()
+
+    def _outcome(self, placement: str, minutes: float, wall_s: float) -> Outcome:
+        stats = self.world.stats
+        waited = stats.waited_ms
+        self.world.trace.note("end", stats.requests, stats.hits, stats.loads, stats.evictions)
+        return Outcome(
+            workload=self.workload.name,
+            placement=placement,
+            requests=stats.requests,
+            hit_ratio=stats.hits / max(1, stats.requests),
+            cold_p50_ms=quantile(waited, 0.5),
+            cold_p99_ms=quantile(waited, 0.99),
+            loads_per_min=stats.loads / max(minutes, 1e-9),
+            bytes_pulled=stats.bytes_pulled,
+            evictions=stats.evictions,
+            imbalance=imbalance(i.loads for i in self.world.instances.values()),
+            failed=stats.failed_requests,
+            digest=self.world.trace.digest,
+            wall_s=wall_s,
+        )

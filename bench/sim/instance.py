@@ -1,0 +1,559 @@
+"""A serving pod in virtual time: ``mesh.instance.pod`` and ``membership`` around the real cache.
+
+It feeds ``mesh.core.cache.Cache`` with events and carries out its instructions, with durations
+instead of work. ``serving`` is what the request path looks up; it is empty while the instance
+takes no requests (it has crashed, is stopped, or has drained), so that a hit costs one look-up.
+
+All that happens inside goes through ``after`` and ``deliver``: nothing happens to the dead, and
+what happens to the stopped waits until they go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final, assert_never
+
+from bench.sim.messages import Answer, Wish
+from bench.sim.publishing import ClaimResult, Publishing
+from bench.sim.store import LastUsed
+from bench.sim.world import World
+from mesh.core.cache import Cache
+from mesh.core.cache_events import (
+    AbandonLoad,
+    BecameIdle,
+    Drain,
+    Event,
+    Instruction,
+    LoadBroken,
+    LoadEnded,
+    LoadFinished,
+    LoadWanted,
+    Publish,
+    Reason,
+    RejectLoad,
+    SizePredicted,
+    StartFetch,
+    StartLoad,
+    StartUnload,
+    Tick,
+    UnloadFinished,
+    UnloadWanted,
+)
+from mesh.core.cache_table import CacheConfig, Copy
+from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError
+from mesh.core.loads import failure_record
+from mesh.core.types import CopyRecord, CopyState, InstanceRecord, InstanceState, ModelRecord
+from mesh.instance.advert import notable
+from mesh.instance.answers import LoadAnswer, LoadOutcome
+from mesh.instance.measured import differs
+from mesh.instance.pod import UNLOAD_WAIT_S
+
+NO_COPIES: Final[dict[str, Copy]] = {}
+RATE_WINDOW_MS: Final = 10_000
+
+
+class Flight:
+    """One load, from the first wish to its answer."""
+
+    __slots__ = ("answers", "claim_revision", "in_cache", "record", "wish")
+
+    def __init__(self, wish: Wish) -> None:
+        self.wish = wish
+        self.answers: list[Answer] = []
+        self.record: ModelRecord | None = None
+        self.claim_revision = 0
+        self.in_cache = False
+
+
+class Job:
+    """The work of one load: ``mesh.instance.loader``. Ends by exactly one report."""
+
+    __slots__ = ("abandoned", "began", "fetching")
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.fetching = True
+        self.abandoned = False
+
+
+class SimInstance:
+    """One life: after a crash another instance with another id comes in its place."""
+
+    def __init__(self, world: World, instance_id: str, capacity_bytes: int, zone: str) -> None:
+        self.world = world
+        self.instance_id = instance_id
+        self.zone = zone
+        self.cache = Cache(CacheConfig.from_policy(world.policy, capacity_bytes))
+        self.alive = True
+        self.stopped = False
+        self.state = InstanceState.READY
+        self.refusing = False  # the end of a drain: requests are sent away
+        self.serving: dict[str, Copy] = {}
+        self.requests = 0
+        self.loads = 0  # that came to an end well
+        self.publishing = Publishing(self)
+        self.flights: dict[str, Flight] = {}
+        self.records: dict[str, ModelRecord] = {}
+        self._copies: dict[str, Copy] = {}  # what ``serving`` is while it takes requests
+        self._held: list[tuple[Callable[..., None], tuple[Any, ...]]] = []  # while stopped
+        self._failed: dict[str, tuple[int, LoadAnswer]] = {}
+        self._gone: dict[str, list[Callable[[], None]]] = {}
+        self._jobs: dict[str, Job] = {}
+        self._claimed_at_ms: dict[str, int] = {}
+        self._evicted_last_used: dict[str, int] = {}
+        self._last: InstanceRecord | None = None
+        self._last_at_ms = 0
+        self._flushed_at_ms = world.engine.now_ms
+        self._rate = (world.engine.now_ms, 0, 0)
+        self._started_at_ms = world.engine.now_ms
+        self._next_tick = 0.0
+        self.serving = self._copies
+
+    def start(self) -> None:
+        self.publishing.renew()
+        self._advertise()
+        self._tick_in(self.world.settings.tick_ms)
+
+    # ---- time -------------------------------------------------------------------------------
+
+    def after(self, delay_ms: float, what: Callable[..., None], *args: Any) -> None:
+        self.world.engine.after(delay_ms, self.deliver, what, *args)
+
+    def deliver(self, what: Callable[..., None], *args: Any) -> None:
+        """What has come to pass for this instance, once it can tell."""
+        if not self.alive:
+            return
+        if self.stopped:
+            self._held.append((what, args))
+        else:
+            what(*args)
+
+    # ---- faults -----------------------------------------------------------------------------
+
+    def crash(self) -> None:
+        self._lose_touch()
+        self.alive = False
+
+    def stop(self) -> None:
+        """SIGSTOP: it keeps its connections and says nothing."""
+        self._lose_touch()
+        self.stopped = True
+
+    def go_on(self) -> None:
+        if not self.alive or not self.stopped:
+            return
+        self.stopped = False
+        self.serving = NO_COPIES if self.refusing else self._copies
+        lease = self.publishing.lease
+        if lease is not None and not self.world.store.kept_alive(lease):
+            self.publishing.renew(lease)
+        held, self._held = self._held, []
+        for what, args in held:
+            self.deliver(what, *args)
+
+    def _lose_touch(self) -> None:
+        self.serving = NO_COPIES
+        lease, policy = self.publishing.lease, self.world.policy
+        if lease is not None:
+            ttl_ms = policy.instance_lease_ttl_ms
+            left_ms = ttl_ms * (1.0 - self.world.random.random() / 3)  # kept alive each third
+            self.world.store.not_kept_alive(lease, left_ms, ttl_ms)
+
+    # ---- drain ------------------------------------------------------------------------------
+
+    def drain(self, notice_ms: float) -> None:
+        self.state = InstanceState.DRAINING
+        self.apply(Drain())
+        self._advertise()
+        self.after(notice_ms, self._refuse)
+
+    def _refuse(self) -> None:
+        self.refusing = True
+        self.serving = NO_COPIES
+        self._leave_when_idle()
+
+    def _leave_when_idle(self) -> None:
+        if any(copy.use.in_flight for copy in self.cache.copies()):
+            self.after(self.world.settings.service_ms, self._leave_when_idle)
+            return
+        self.publishing.flush_then(self._leave)
+
+    def _leave(self, _written: bool) -> None:
+        lease = self.publishing.lease
+        self.crash()
+        if lease is not None:
+            self.world.store.revoke(lease)
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    def request_ended(self, copy: Copy) -> None:
+        """``mesh.instance.executor``: the last request inside may be what an unload waits for."""
+        use = copy.use
+        use.in_flight -= 1
+        if not use.in_flight and self.alive and self.cache.awaiting_idle:
+            self.deliver(self._idle, copy.model_id)
+
+    def _idle(self, model_id: str) -> None:
+        if self.cache.get(model_id) is not None:
+            self.apply(BecameIdle(model_id))
+
+    # ---- wishes -----------------------------------------------------------------------------
+
+    def load(self, wish: Wish, answer: Answer) -> None:
+        copy = self._copies.get(wish.model_id)
+        if copy is not None:
+            use = copy.use
+            use.last_used_at_ms = max(use.last_used_at_ms, wish.last_used_at_ms)
+            answer(self._loaded_answer(wish.model_id))
+            return
+        flight = self.flights.get(wish.model_id)
+        if flight is None:
+            flight = self.flights[wish.model_id] = Flight(wish)
+            flight.answers.append(answer)
+            self._begin(flight)
+            return
+        flight.answers.append(answer)
+        joined = flight.wish.joined_by(wish)
+        assert isinstance(joined, Wish)
+        flight.wish = joined
+        known = self.cache.get(wish.model_id)
+        if flight.in_cache and known is not None and known.state is not CopyState.UNLOADING:
+            self.apply(self._wanted(flight))
+
+    def unload(self, model_id: str) -> None:
+        if self.cache.get(model_id) is not None:
+            self.apply(UnloadWanted(model_id, Reason.ASKED))
+
+    def _begin(self, flight: Flight) -> None:
+        wish = flight.wish
+        remembered = self._failed.get(wish.model_id)
+        if remembered is not None and wish.revision < remembered[0]:
+            self._finish(flight, remembered[1])
+            return
+        if self.cache.draining:
+            self._finish(flight, _rejected(wish.model_id, "this instance is draining"))
+            return
+        copy = self.cache.get(wish.model_id)
+        if copy is None:
+            self._claim(flight)
+        elif copy.load_running:
+            text = "an abandoned load of it has not ended"
+            self._finish(flight, _rejected(wish.model_id, text))
+        else:
+            self._gone.setdefault(wish.model_id, []).append(lambda: self._claim(flight))
+            self.after(UNLOAD_WAIT_S * 1_000, self._waited_for_unload, flight)
+
+    def _waited_for_unload(self, flight: Flight) -> None:
+        if flight.record is None and self.flights.get(flight.wish.model_id) is flight:
+            text = "an earlier copy has not been unloaded yet"
+            self._finish(flight, _rejected(flight.wish.model_id, text))
+
+    def _claim(self, flight: Flight) -> None:
+        wish = flight.wish
+        if self.flights.get(wish.model_id) is not flight:
+            return
+        record = CopyRecord(
+            wish.model_id,
+            self.instance_id,
+            CopyState.LOADING,
+            claimed_at_ms=self.world.engine.now_ms,
+        )
+        self.publishing.claim(
+            record, wish.revision, lambda result: self._claimed(flight, record, result)
+        )
+
+    def _claimed(self, flight: Flight, claim: CopyRecord, result: ClaimResult) -> None:
+        model_id = claim.model_id
+        if isinstance(result, MeshError):
+            if result.code in RETRYABLE:
+                answer = _rejected(model_id, result.message)
+            else:
+                answer = LoadAnswer(LoadOutcome.FAILED, result.message, result.code)
+            self._finish(flight, answer)
+            return
+        revision, holder = result
+        if holder is not None:
+            self._finish(
+                flight,
+                LoadAnswer(
+                    LoadOutcome.CLAIMED_ELSEWHERE,
+                    f"model {model_id!r} was claimed elsewhere in the meantime",
+                    claimed_instance_id=holder[0],
+                    copy_revision=holder[1],
+                ),
+            )
+            return
+        flight.claim_revision = revision
+        flight.record = self.world.store.models[model_id]
+        self._claimed_at_ms[model_id] = claim.claimed_at_ms
+        self.records[model_id] = flight.record
+        flight.in_cache = True
+        self.apply(self._wanted(flight))
+
+    def _wanted(self, flight: Flight) -> LoadWanted:
+        record, wish = flight.record, flight.wish
+        assert record is not None
+        return LoadWanted(
+            model_id=wish.model_id,
+            size_bytes=record.size_bytes_stated or record.size_bytes_measured or 0,
+            timeout_ms=record.load_timeout_ms or self.world.policy.load_timeout_ms,
+            last_used_at_ms=wish.last_used_at_ms,
+            priority=wish.priority,
+            pinned=wish.pin,
+            use_score=wish.use_score,
+        )
+
+    # ---- the cache --------------------------------------------------------------------------
+
+    def apply(self, event: Event) -> None:
+        cache = self.cache
+        instructions = cache.handle(event, self.world.engine.now_ms)
+        self.world.checks.handled(self, event)
+        self._tick_in(self.world.settings.tick_ms)
+        for instruction in instructions:
+            self._carry_out(instruction)
+        if self._gone:
+            for model_id in [m for m in self._gone if cache.get(m) is None]:
+                for told in self._gone.pop(model_id):
+                    told()
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case StartFetch(model_id):
+                self._start_fetch(model_id)
+            case StartLoad(model_id):
+                self._start_load(model_id)
+            case AbandonLoad(model_id):
+                self._abandon(model_id)
+            case StartUnload(model_id, reason):
+                self._start_unload(model_id, reason)
+            case Publish(model_id, CopyState.LOADED, size_bytes):
+                self._publish_loaded(model_id, size_bytes)
+            case Publish(model_id, _):
+                self._withdraw(model_id)
+            case RejectLoad(model_id, reason, message):
+                self.world.stats.rejected[reason.value] += 1
+                self._answer_after_flush(model_id, LoadAnswer(LoadOutcome.REJECTED, message))
+            case LoadEnded(model_id, _, _, None):
+                self._loaded(model_id)
+            case LoadEnded(model_id, _, size_bytes, error):
+                assert error is not None
+                self._load_failed(model_id, size_bytes, error)
+            case _:
+                assert_never(instruction)
+
+    def _start_fetch(self, model_id: str) -> None:
+        world = self.world
+        flight = self.flights[model_id]
+        world.checks.load_starts(self, flight)
+        world.trace.note("load", model_id, self.instance_id, flight.wish.priority.value)
+        world.stats.loads_started += 1
+        world.stats.bytes_pulled += world.costs.size_bytes[model_id]
+        job = self._jobs[model_id] = Job(world.engine.time)
+        fetch_ms = world.costs.load_ms[model_id] * world.settings.fetch_share
+        self.after(fetch_ms * self._factor(), self._fetched, model_id, job)
+
+    def _factor(self) -> float:
+        return self.world.troubles.load_factor.get(self.instance_id, 1.0)
+
+    def _fetched(self, model_id: str, job: Job) -> None:
+        if job.abandoned:
+            return
+        job.fetching = False
+        size_bytes = self.world.costs.size_bytes[model_id]
+        error_share = self.world.settings.size_error_share
+        if error_share:
+            size_bytes = max(1, int(size_bytes * (1.0 - self.world.random.random() * error_share)))
+        self.apply(SizePredicted(model_id, size_bytes))
+
+    def _start_load(self, model_id: str) -> None:
+        share = 1.0 - self.world.settings.fetch_share
+        load_ms = self.world.costs.load_ms[model_id] * share * self._factor()
+        self.after(load_ms, self._load_over, model_id)
+
+    def _abandon(self, model_id: str) -> None:
+        """A fetch is cancelled; a runtime cannot be, and its model is unloaded when it comes."""
+        job = self._jobs[model_id]
+        if job.fetching:
+            job.abandoned = True
+            self.after(0.0, self._cancelled, model_id)
+
+    def _cancelled(self, model_id: str) -> None:
+        self._job_ends(model_id)
+        self.apply(
+            LoadBroken(model_id, LoadFailed("the load was abandoned", code=Code.UNAVAILABLE))
+        )
+
+    def _load_over(self, model_id: str) -> None:
+        took_ms = int(self._job_ends(model_id))
+        failure = self.world.load_failure(model_id)
+        if failure is not None:
+            self.apply(LoadBroken(model_id, failure))
+        else:
+            size_bytes = self.world.costs.size_bytes[model_id]
+            self.apply(LoadFinished(model_id, size_bytes, took_ms))
+
+    def _job_ends(self, model_id: str) -> float:
+        self.world.checks.load_ends(self, model_id)
+        return self.world.engine.time - self._jobs.pop(model_id).began
+
+    def _loaded(self, model_id: str) -> None:
+        copy = self.cache.get(model_id)
+        assert copy is not None
+        if model_id not in self._copies:
+            self._copies[model_id] = copy
+            self.loads += 1
+            self.world.stats.loads += 1
+        self._failed.pop(model_id, None)
+        self._end_flight(model_id, self._loaded_answer(model_id))
+
+    def _loaded_answer(self, model_id: str) -> LoadAnswer:
+        copy = self.cache.get(model_id)
+        flight = self.flights.get(model_id)
+        return LoadAnswer(
+            LoadOutcome.LOADED,
+            copy_revision=flight.claim_revision if flight else 0,
+            size_bytes=copy.size_bytes if copy else 0,
+        )
+
+    def _publish_loaded(self, model_id: str, size_bytes: int) -> None:
+        copy = self.cache.get(model_id)
+        assert copy is not None
+        self.publishing.put_copy(
+            CopyRecord(
+                model_id,
+                self.instance_id,
+                CopyState.LOADED,
+                size_bytes=size_bytes,
+                claimed_at_ms=self._claimed_at_ms.get(model_id, copy.loaded_at_ms),
+                loaded_at_ms=copy.loaded_at_ms,
+                pinned=copy.pinned,
+            )
+        )
+        if differs(self.records[model_id], size_bytes):
+            record = replace(self.records[model_id], size_bytes_measured=size_bytes)
+            self.publishing.put(record)
+
+    def _withdraw(self, model_id: str) -> None:
+        self.publishing.remove_copy(model_id)
+        self._claimed_at_ms.pop(model_id, None)
+        copy = self._copies.pop(model_id, None)
+        if copy is not None and copy.use.last_used_at_ms:
+            self._evicted_last_used[model_id] = copy.use.last_used_at_ms
+        if self.cache.get(model_id) is None:
+            self.records.pop(model_id, None)
+
+    def _start_unload(self, model_id: str, reason: Reason) -> None:
+        stats = self.world.stats
+        stats.evictions += reason is Reason.EVICTED
+        stats.unloads += 1
+        self.world.trace.note("unload", model_id, self.instance_id, reason.value)
+        self.records.pop(model_id, None)
+        self.after(self.world.settings.unload_ms, self.apply, UnloadFinished(model_id))
+
+    def _load_failed(self, model_id: str, size_bytes: int, error: MeshError) -> None:
+        world = self.world
+        world.stats.load_failures += 1
+        record = failure_record(
+            model_id,
+            self.instance_id,
+            error.code,
+            error.message,
+            now_ms=world.engine.now_ms,
+            policy=world.policy,
+        )
+        self.publishing.put(record)
+        answer = LoadAnswer(LoadOutcome.FAILED, error.message, error.code, size_bytes=size_bytes)
+        self._answer_after_flush(model_id, answer, remember=True)
+
+    def _answer_after_flush(
+        self, model_id: str, answer: LoadAnswer, *, remember: bool = False
+    ) -> None:
+        """The claim goes before who waits is told."""
+
+        def told(written: bool) -> None:
+            if written and remember:
+                self._failed[model_id] = (self.publishing.revision, answer)
+            self._end_flight(model_id, answer)
+
+        self.publishing.flush_then(told)
+
+    def _end_flight(self, model_id: str, answer: LoadAnswer) -> None:
+        flight = self.flights.get(model_id)
+        if flight is not None and flight.in_cache:
+            self._finish(flight, answer)
+
+    def _finish(self, flight: Flight, answer: LoadAnswer) -> None:
+        if self.flights.get(flight.wish.model_id) is flight:
+            del self.flights[flight.wish.model_id]
+        answers, flight.answers = flight.answers, []
+        for told in answers:
+            told(answer)
+
+    # ---- what it says of itself -------------------------------------------------------------
+
+    def _tick(self, due: float) -> None:
+        """Production looks every half second; here only when something may have changed."""
+        if due != self._next_tick:
+            return  # an earlier one has been asked for since
+        if self.cache.loading_count:
+            self.apply(Tick())
+        self._advertise()
+        now_ms, policy = self.world.engine.now_ms, self.world.policy
+        if now_ms - self._flushed_at_ms >= policy.last_used_flush_ms:
+            self._flush_last_used()
+        busy = self.cache.loading_count or self._last_at_ms + policy.advert_min_interval_ms > now_ms
+        self._next_tick = 0.0
+        self._tick_in(self.world.settings.tick_ms if busy else policy.advert_max_interval_ms)
+
+    def _tick_in(self, delay_ms: float) -> None:
+        due = self.world.engine.time + delay_ms
+        if not self._next_tick or due < self._next_tick:
+            self._next_tick = due
+            self.after(delay_ms, self._tick, due)
+
+    def _advertise(self) -> None:
+        record, now_ms = self.record(), self.world.engine.now_ms
+        reason = notable(self._last, record, now_ms - self._last_at_ms, self.world.policy)
+        if reason is not None:
+            self._last, self._last_at_ms = record, now_ms
+            self.publishing.put_own(record)
+
+    def _flush_last_used(self) -> None:
+        self._flushed_at_ms = self.world.engine.now_ms
+        uses, self._evicted_last_used = self._evicted_last_used, {}
+        for model_id, copy in self._copies.items():
+            uses[model_id] = copy.use.last_used_at_ms
+        if uses:
+            self.publishing.put(LastUsed(self.instance_id, uses))
+
+    def record(self) -> InstanceRecord:
+        cache = self.cache
+        return InstanceRecord(
+            instance_id=self.instance_id,
+            address=self.instance_id,
+            state=self.state,
+            capacity_bytes=cache.config.capacity_bytes,
+            used_bytes=cache.used_bytes,
+            model_count=len(self._copies),
+            loading_count=cache.loading_count,
+            load_slots=cache.config.load_slots,
+            lru_at_ms=cache.oldest_use_at_ms(),
+            requests_per_minute=self._requests_per_minute(),
+            started_at_ms=self._started_at_ms,
+            model_types=("onnx",),
+            zone=self.zone,
+        )
+
+    def _requests_per_minute(self) -> int:
+        since_ms, count, rate = self._rate
+        now_ms = self.world.engine.now_ms
+        if now_ms - since_ms >= RATE_WINDOW_MS:
+            rate = round((self.requests - count) * 60_000 / (now_ms - since_ms))
+            self._rate = (now_ms, self.requests, rate)
+        return rate
+
+
+def _rejected(model_id: str, why: str) -> LoadAnswer:
+    return LoadAnswer(LoadOutcome.REJECTED, f"model {model_id!r} is not loaded here: {why}")
