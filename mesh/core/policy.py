@@ -86,6 +86,11 @@ class Policy:
     placement_retry_max_ms: int = 1_000
 
     # ---- placement ----------------------------------------------------------------------------
+    # Instances whose free memory is at least this share of the most are about as good: one of them
+    # is drawn. Adverts are half a second old; if every router took the best, all took the same.
+    close_free_share: float = 0.75
+    # The same for full ones, by the age or the worth of what would be evicted.
+    close_lru_share: float = 0.9
     # A replica set is taken for the next one of its group for so long after its first instance
     # came: in that time instances of older sets get new copies only when nobody else can hold them.
     replacement_window_ms: int = 1_200_000
@@ -262,7 +267,7 @@ def expected(name: str, kind: str) -> str:
     if kind == "float":
         return f"a number from {least:g} to {most:g}"
     if most == _WHOLE_MAX:
-        return f"a whole number of at least {least}"
+        return f"a whole number from {least} to 10^12"
     return f"a whole number from {least} to {most}"
 
 

@@ -7,7 +7,7 @@ over (``mesh.core.placement``) while anybody else is left.
 ``ReplicaSets`` is the index that a view keeps: it is told of every instance's record and knows the
 newest replica set of each group. An instance that drains no longer counts as a member: when an
 update is taken back, the old set is the newest again as soon as the new one's instances leave. It
-has no clock; ``being_replaced`` judges with the caller's.
+has no clock; ``arriving_sets`` judges with the caller's.
 """
 
 from __future__ import annotations
@@ -82,13 +82,11 @@ class ReplicaSets:
         self.newest[group] = NewestSet(name, began_at_ms)
 
 
-def being_replaced(
-    record: InstanceRecord, newest: Mapping[str, NewestSet], now_ms: int, policy: Policy
-) -> bool:
-    """Whether a newer replica set of its group came within ``Policy.replacement_window_ms``."""
-    found = newest.get(record.group)
-    return (
-        found is not None
-        and found.replica_set != record.replica_set
-        and now_ms - found.began_at_ms < policy.replacement_window_ms
-    )
+def arriving_sets(newest: Mapping[str, NewestSet], now_ms: int, policy: Policy) -> dict[str, str]:
+    """By group the replica set that came within ``Policy.replacement_window_ms``: the instances of
+    that group's other sets are about to be replaced."""
+    return {
+        group: found.replica_set
+        for group, found in newest.items()
+        if now_ms - found.began_at_ms < policy.replacement_window_ms
+    }

@@ -1,18 +1,18 @@
-"""What holds for every placement, whatever the cluster looks like."""
+"""Every rule of placement, one row a sentence. What holds for all of them is beside this, in
+``test_placement_properties.py``."""
 
 from __future__ import annotations
 
-import random
+from collections.abc import Mapping
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
 
-from mesh.core.placement import NoPlacement, Placement, candidates, place
-from mesh.core.types import InstanceRecord, ModelRecord
-from mesh.core.view import ClusterView
+from mesh.core.errors import Code, LoadFailed
+from mesh.core.placement import NoPlacement, Placement, place
+from mesh.core.policy import Policy
+from mesh.core.types import InstanceRecord, InstanceState, ModelRecord
 from tests.core.cluster import (
     DRAINING,
-    LOADED,
     LOADING,
     NOW,
     POLICY,
@@ -26,99 +26,613 @@ from tests.core.cluster import (
     view_of,
 )
 
-IDS = ("a", "b", "c", "d", "e")
-ids = st.sampled_from(IDS)
-instances = st.builds(
-    lambda i, state, capacity, used, loading, lru, types: instance(
-        i,
-        state,
-        capacity,
-        used_bytes=used,
-        loading_count=loading,
-        lru_at_ms=lru,
-        model_types=types,
-    ),
-    ids,
-    st.sampled_from((READY, READY, READY, STARTING, DRAINING)),
-    st.integers(0, 60),
-    st.integers(0, 80),
-    st.integers(0, 3),
-    st.integers(0, NOW),
-    st.sampled_from((("onnx",), ("onnx", "sklearn"), ("sklearn",))),
-)
-clusters = st.tuples(
-    st.lists(instances, max_size=5),
-    st.lists(
-        st.builds(
-            copy,
-            st.sampled_from(("m", "n", "o")),
-            ids,
-            st.sampled_from((LOADED, LOADING)),
-            st.integers(0, 40),
+M = model(size_bytes_stated=20)
+
+
+def placed(*records: Record, exclude: str = "") -> Placement | NoPlacement:
+    return place(view_of(M, *records), M, now_ms=NOW, policy=POLICY, exclude=set(exclude))
+
+
+def full(instance_id: str, *, lru_age_ms: int | None = 60_000, **fields: object) -> InstanceRecord:
+    lru_at_ms = 0 if lru_age_ms is None else NOW - lru_age_ms
+    return instance(instance_id, **{"used_bytes": 100, "lru_at_ms": lru_at_ms, **fields})
+
+
+def group(
+    instance_id: str,
+    replica_set: str,
+    age_ms: int,
+    state: InstanceState = READY,
+    **fields: object,
+) -> InstanceRecord:
+    told = {"group": "g", "replica_set": replica_set, "started_at_ms": NOW - age_ms, **fields}
+    return instance(instance_id, state, **told)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("records", "chosen", "reason", "runner_up"),
+    [
+        pytest.param([instance("a")], "a", "only_candidate", None, id="the only one"),
+        pytest.param(
+            [instance("a", used_bytes=90), instance("b", used_bytes=79, lru_at_ms=1)],
+            "b",
+            "not_full",
+            "a",
+            id="one with room goes before one without",
         ),
-        max_size=6,
-    ),
-    st.lists(st.builds(failure, st.just("m"), ids), max_size=2),
-    st.lists(st.tuples(st.sampled_from(("n", "p")), ids, st.integers(1, 30)), max_size=4),
+        pytest.param(
+            [instance("a", used_bytes=40), instance("b", used_bytes=41)],
+            "a",
+            "most_free",
+            "b",
+            id="most free bytes",
+        ),
+        pytest.param(
+            [instance("a"), instance("b", capacity=200, used_bytes=50)],
+            "b",
+            "most_free",
+            "a",
+            id="free bytes are bytes and not a share",
+        ),
+        pytest.param(
+            [instance("a"), copy("x", "a", size=60), instance("b", used_bytes=50)],
+            "b",
+            "most_free",
+            "a",
+            id="copies count where the advert lags",
+        ),
+        pytest.param(
+            [
+                instance("a", loading_count=2, load_slots=2),
+                instance("b", loading_count=1, load_slots=2),
+            ],
+            "b",
+            "slots_free",
+            "a",
+            id="about equally free: an idle load slot goes before a queue",
+        ),
+        pytest.param(
+            [
+                instance("a", loading_count=2, load_slots=4),
+                instance("b", loading_count=1, load_slots=4),
+            ],
+            "b",
+            "fewest_loads",
+            "a",
+            id="equally free, slots idle: fewest loads",
+        ),
+        pytest.param(
+            [instance("a", loading_count=1), instance("b", used_bytes=30)],
+            "a",
+            "most_free",
+            "b",
+            id="much more free memory goes before an idle slot",
+        ),
+        pytest.param(
+            [
+                instance("a", used_bytes=100, lru_at_ms=NOW - 90_000),
+                instance("b", used_bytes=100, lru_at_ms=NOW - 50_000),
+                instance("c", used_bytes=100, lru_at_ms=NOW - 70_000),
+            ],
+            "a",
+            "oldest_lru",
+            "c",
+            id="all full: the one whose eviction costs least",
+        ),
+        pytest.param(
+            [
+                instance("a", used_bytes=100, lru_at_ms=NOW - 9, loading_count=1),
+                instance("b", used_bytes=100, lru_at_ms=NOW - 5),
+            ],
+            "b",
+            "slots_free",
+            "a",
+            id="all full: an idle load slot goes before an older LRU",
+        ),
+        pytest.param(
+            [
+                instance("a", used_bytes=100, lru_at_ms=0, load_slots=9),
+                instance("b", used_bytes=100, lru_at_ms=NOW - 1, load_slots=9),
+            ],
+            "b",
+            "oldest_lru",
+            "a",
+            id="all full: where nothing can be evicted comes last",
+        ),
+        pytest.param(
+            [
+                full("a", victim_score=280.0),
+                full("b", victim_score=277.0),
+                full("c", victim_score=278.0),
+            ],
+            "b",
+            "cheapest_victim",
+            "c",
+            id="all full: the least worth that would go, where all tell it",
+        ),
+        pytest.param(
+            [
+                full("a", lru_age_ms=50_000, victim_score=1.0),
+                full("b", lru_age_ms=90_000),
+            ],
+            "b",
+            "oldest_lru",
+            "a",
+            id="all full: by age where one is of a version that does not tell the worth",
+        ),
+        pytest.param(
+            [
+                full("a", victim_score=0.0, lru_age_ms=None, load_slots=9),
+                full("b", victim_score=279.0, load_slots=9),
+                full("c", victim_score=279.0, load_slots=9, loading_count=3),
+            ],
+            "b",
+            "fewest_loads",
+            "c",
+            id="all full: equally cheap: fewest loads",
+        ),
+        pytest.param(
+            [instance("a", STARTING), instance("b", DRAINING), instance("c", used_bytes=99)],
+            "c",
+            "only_candidate",
+            None,
+            id="starting and draining instances are never chosen",
+        ),
+        pytest.param(
+            [instance("a", model_types=("sklearn",)), instance("b", used_bytes=99)],
+            "b",
+            "only_candidate",
+            None,
+            id="nor one that cannot run the format",
+        ),
+        pytest.param(
+            [instance("a", capacity=19), instance("b", capacity=20, used_bytes=20)],
+            "b",
+            "only_candidate",
+            None,
+            id="nor one that is too small even when empty",
+        ),
+        pytest.param(
+            [instance("a"), instance("b", used_bytes=99), copy("m", "a", LOADING)],
+            "b",
+            "only_candidate",
+            None,
+            id="nor one that has a copy",
+        ),
+        pytest.param(
+            [instance("a"), instance("b", used_bytes=99), failure("m", "a")],
+            "b",
+            "only_candidate",
+            None,
+            id="nor one where it failed lately",
+        ),
+        pytest.param(
+            [instance("a"), instance("b", used_bytes=99), failure("m", "a", expires_at_ms=NOW)],
+            "a",
+            "not_full",
+            "b",
+            id="an expired failure is no obstacle",
+        ),
+        pytest.param(
+            [instance("a"), instance("b", used_bytes=99), failure("other", "a")],
+            "a",
+            "not_full",
+            "b",
+            id="nor is another model's failure",
+        ),
+    ],
 )
-wanted = st.builds(
-    lambda size, kind: model(size_bytes_stated=size, model_type=kind),
-    st.integers(1, 70),
-    st.sampled_from(("onnx", "sklearn")),
+def test_place(records: list[Record], chosen: str, reason: str, runner_up: str | None) -> None:
+    found = placed(*records)
+    assert isinstance(found, Placement), found
+    assert (found.instance_id, found.reason, found.runner_up) == (chosen, reason, runner_up)
+    assert chosen in found.detail and reason in found.detail
+    assert found.size_bytes == 20
+
+
+@pytest.mark.parametrize(
+    ("records", "exclude", "reason", "code", "said"),
+    [
+        pytest.param([], "", "no_instances", Code.UNAVAILABLE, "no serving", id="no instance"),
+        pytest.param(
+            [instance("a", STARTING, model_types=()), instance("b", model_types=("sklearn",))],
+            "",
+            "instances_starting",
+            Code.UNAVAILABLE,
+            "1 instance(s) are still starting",
+            id="what starts may be what is missing",
+        ),
+        pytest.param(
+            [instance("a", model_types=("sklearn", "xgboost"))],
+            "",
+            "no_runtime",
+            Code.FAILED_PRECONDITION,
+            "the format 'onnx'; formats that instances run: sklearn, xgboost",
+            id="no runtime: final, with the formats that there are",
+        ),
+        pytest.param(
+            [instance("a", capacity=19), instance("b", capacity=12), instance("c", model_types=())],
+            "",
+            "too_large",
+            Code.FAILED_PRECONDITION,
+            "its size of 20 bytes is more than the capacity of any instance (the largest that "
+            "runs 'onnx' has 19 bytes)",
+            id="larger than every pod: final, with both sizes",
+        ),
+        pytest.param(
+            [instance("a", STARTING), instance("b", capacity=5)],
+            "",
+            "instances_starting",
+            Code.UNAVAILABLE,
+            "1 instance(s) are still starting",
+            id="what starts may be larger than what is there",
+        ),
+        pytest.param(
+            [instance("a", DRAINING)],
+            "",
+            "draining",
+            Code.UNAVAILABLE,
+            "draining",
+            id="all that could are draining",
+        ),
+        pytest.param(
+            [instance("a"), instance("b")],
+            "ab",
+            "all_excluded",
+            Code.UNAVAILABLE,
+            "2 excluded",
+            id="all were tried",
+        ),
+        pytest.param(
+            [instance("a"), instance("b"), failure("m", "a", message="disk on fire")],
+            "b",
+            "all_excluded",
+            Code.UNAVAILABLE,
+            "disk on fire",
+            id="one failed and one was tried: retryable, with the cause",
+        ),
+        pytest.param(
+            [instance("a"), failure("m", "a", message="bad magic")],
+            "",
+            "load_failed",
+            Code.FAILED_PRECONDITION,
+            "failed to load on a: bad magic",
+            id="it failed wherever it could go",
+        ),
+        pytest.param(
+            [
+                instance("a"),
+                failure("m", "gone1", message="older", failed_at_ms=NOW - 9),
+                failure("m", "gone2", "UNAVAILABLE", message="newest", failed_at_ms=NOW - 1),
+                failure("m", "gone3", message="old", failed_at_ms=NOW - 5),
+            ],
+            "",
+            "load_failed",
+            Code.UNAVAILABLE,
+            "gone2: newest",
+            id="enough failures are final though an instance is left: the last cause and code",
+        ),
+    ],
 )
-Cluster = tuple[list[Record], list[Record], list[Record], list[tuple[str, str, int]]]
+def test_nowhere(records: list[Record], exclude: str, reason: str, code: Code, said: str) -> None:
+    found = placed(*records, exclude=exclude)
+    assert isinstance(found, NoPlacement), found
+    assert (found.reason, found.code) == (reason, code)
+    assert said in found.detail and "'m'" in found.detail
+    assert found.retryable == (code is Code.UNAVAILABLE)
+    error = found.error()
+    assert (error.code, error.message) == (code, found.detail)
+    assert isinstance(error, LoadFailed) == (reason == "load_failed")
 
 
-def build(cluster: Cluster, one: ModelRecord, order: random.Random | None = None) -> ClusterView:
-    """The same cluster in the order drawn, or as it came."""
-    distinct = {r.instance_id: r for r in cluster[0] if isinstance(r, InstanceRecord)}
-    records: list[Record] = [one, *distinct.values(), *cluster[1], *cluster[2]]
-    asked = {(m, i): size for m, i, size in cluster[3]}
-    pending = list(asked.items())
-    if order is not None:
-        by_key = {
-            repr((type(r), getattr(r, "model_id", ""), getattr(r, "instance_id", ""))): r
-            for r in records
-        }
-        records = list(by_key.values())
-        order.shuffle(records)
-        order.shuffle(pending)
-    view = view_of(*records)
-    for (m, i), size in pending:
-        view.add_pending(m, i, size_bytes=size, now_ms=NOW)
-    return view
+GPU = model(size_bytes_stated=20, required_labels=("gpu",))
+LIKES_BIG = model(size_bytes_stated=20, preferred_labels=("big",))
+CONSTRAINTS = {"onnx": {"required": ["gpu"], "preferred": ["big"]}}
+HOT = POLICY.hot_requests_per_minute + 1
+WINDOW = POLICY.replacement_window_ms
+# What ``place`` is asked beside the model: ``avoid`` and the type constraints that are set.
+Asked = dict[str, object]
 
 
-@settings(max_examples=300, deadline=None)
-@given(clusters, wanted, st.sets(ids, max_size=3), st.randoms(use_true_random=False))
-def test_rules(cluster: Cluster, one: ModelRecord, exclude: set[str], order: random.Random) -> None:
-    view = build(cluster, one)
-    found = place(view, one, now_ms=NOW, policy=POLICY, exclude=exclude)
-    assert place(view, one, now_ms=NOW, policy=POLICY, exclude=exclude) == found  # deterministic
-    shuffled = build(cluster, one, order)
-    assert place(shuffled, one, now_ms=NOW, policy=POLICY, exclude=exclude) == found
-    told = candidates(shuffled, one, now_ms=NOW, policy=POLICY, exclude=exclude)
-    eligible = [c.instance_id for c in told if c.refusal is None]
-    if isinstance(found, NoPlacement):
-        assert eligible == []
-        assert found.detail and found.reason
-        return
-    holds(found, view, one, exclude)
-    assert eligible[0] == found.instance_id
-    assert (eligible[1] if len(eligible) > 1 else None) == found.runner_up
+@pytest.mark.parametrize(
+    ("one", "asked", "records", "chosen", "reason", "runner_up", "marks"),
+    [
+        # -- required labels
+        pytest.param(
+            GPU, {}, [instance("a"), instance("b", labels=("x", "gpu"), used_bytes=99)],
+            "b", "only_candidate", None, (),
+            id="an instance without a label that the model requires is never chosen",
+        ),
+        pytest.param(
+            M, {"constraints": CONSTRAINTS},
+            [instance("a"), instance("b", labels=("gpu",), used_bytes=99)],
+            "b", "only_candidate", None, ("not_preferred",),
+            id="nor one without a label that the format requires",
+        ),
+        pytest.param(
+            M, {"constraints": {"_default": {"required": ["gpu"]}}},
+            [instance("a"), instance("b", labels=("gpu",), used_bytes=99)],
+            "b", "only_candidate", None, (),
+            id="a constraint by default is for formats without one",
+        ),
+        pytest.param(
+            M, {"constraints": {"_default": {"required": ["gpu"]}, "onnx": {}}},
+            [instance("a"), instance("b", labels=("gpu",), used_bytes=99)],
+            "a", "not_full", "b", (),
+            id="and not for those with one",
+        ),
+        pytest.param(
+            M, {"constraints": {"sklearn": {"required": ["gpu"]}}},
+            [instance("a"), instance("b", labels=("gpu",), used_bytes=99)],
+            "a", "not_full", "b", (),
+            id="another format's constraint is no obstacle",
+        ),
+        pytest.param(
+            model(size_bytes_stated=20, required_labels=("ssd",)), {"constraints": CONSTRAINTS},
+            [instance("a", labels=("gpu",)), instance("b", labels=("gpu", "ssd"), used_bytes=99)],
+            "b", "only_candidate", None, ("not_preferred",),
+            id="a model's labels come on top of its format's",
+        ),
+        # -- avoided
+        pytest.param(
+            M, {"avoid": "a"}, [instance("a"), full("b")],
+            "b", "not_avoided", "a", (),
+            id="one that does not answer is passed over though others are full",
+        ),
+        pytest.param(
+            M, {"avoid": "a"}, [instance("a"), instance("b", DRAINING)],
+            "a", "only_candidate", None, ("avoided",),
+            id="but is better than none",
+        ),
+        pytest.param(
+            M, {"avoid": "ab"}, [instance("a", used_bytes=50), instance("b")],
+            "b", "most_free", "a", ("avoided",),
+            id="when all are avoided the order decides",
+        ),
+        # -- about to be replaced
+        pytest.param(
+            M, {}, [group("a", "old", WINDOW * 2), group("b", "new", 9, used_bytes=99)],
+            "b", "not_replaced", "a", (),
+            id="an older replica set's instance is passed over while a newer one comes",
+        ),
+        pytest.param(
+            M, {}, [group("a", "old", WINDOW * 2), group("b", "new", WINDOW, used_bytes=99)],
+            "a", "not_full", "b", (),
+            id="no longer when the newer one came long ago",
+        ),
+        pytest.param(
+            M, {},
+            [group("a", "old", WINDOW * 2), instance("c", group="other", replica_set="new",
+             started_at_ms=NOW, used_bytes=99)],
+            "a", "not_full", "c", (),
+            id="another group's new replica set replaces nothing here",
+        ),
+        pytest.param(
+            M, {}, [group("a", "old", WINDOW * 2), group("b", "new", 9, model_types=())],
+            "a", "only_candidate", None, ("being_replaced",),
+            id="what is about to be replaced is better than none",
+        ),
+        pytest.param(
+            M, {},
+            [
+                group("a", "old", WINDOW * 2), group("b", "new", 9, STARTING),
+                instance("c", used_bytes=99),
+            ],
+            "c", "not_replaced", "a", (),
+            id="a new replica set counts from its first instance that starts",
+        ),
+        pytest.param(
+            M, {},
+            [
+                group("a", "old", WINDOW * 2), group("b", "new", 9, DRAINING),
+                instance("c", used_bytes=99),
+            ],
+            "a", "not_full", "c", (),
+            id="one that was taken back does not",
+        ),
+        pytest.param(
+            M, {"avoid": "b"}, [group("a", "old", WINDOW * 2), group("b", "new", 9)],
+            "a", "not_avoided", "b", ("being_replaced",),
+            id="what answers and is replaced goes before what does not answer",
+        ),
+        # -- preferred labels
+        pytest.param(
+            LIKES_BIG, {}, [instance("a"), instance("b", used_bytes=70, labels=("big",))],
+            "b", "preferred_labels", "a", (),
+            id="preferred labels go before more memory",
+        ),
+        pytest.param(
+            M, {"constraints": {"onnx": {"preferred": ["big"]}}},
+            [instance("a"), instance("b", used_bytes=70, labels=("big",))],
+            "b", "preferred_labels", "a", (),
+            id="so do those that the format prefers",
+        ),
+        pytest.param(
+            LIKES_BIG, {}, [instance("a"), full("b", labels=("big",))],
+            "a", "not_full", "b", ("not_preferred",),
+            id="but nothing is evicted for them while there is room",
+        ),
+        pytest.param(
+            LIKES_BIG, {}, [full("a", lru_age_ms=61_000), full("b", labels=("big",))],
+            "b", "preferred_labels", "a", (),
+            id="all full: they decide where about as little is lost",
+        ),
+        pytest.param(
+            LIKES_BIG, {}, [full("a", lru_age_ms=90_000), full("b", labels=("big",))],
+            "a", "oldest_lru", "b", ("not_preferred",),
+            id="all full: and not where more is lost",
+        ),
+        pytest.param(
+            model(size_bytes_stated=20, preferred_labels=("big", "ssd")), {},
+            [instance("a", labels=("big",)), instance("b", used_bytes=70, labels=("ssd", "big"))],
+            "b", "preferred_labels", "a", (),
+            id="all of the preferred labels count, or none",
+        ),
+        pytest.param(
+            LIKES_BIG, {},
+            [group("a", "old", WINDOW * 2, labels=("big",)), group("b", "new", 9)],
+            "b", "not_replaced", "a", ("not_preferred",),
+            id="being replaced weighs more than preferred labels",
+        ),
+        # -- hot
+        pytest.param(
+            M, {},
+            [instance("a", requests_per_minute=HOT), instance("b", used_bytes=70)],
+            "b", "not_hot", "a", (),
+            id="a hot instance is passed over",
+        ),
+        pytest.param(
+            M, {},
+            [instance("a", requests_per_minute=HOT - 1), instance("b", used_bytes=70)],
+            "a", "most_free", "b", (),
+            id="one below the threshold is not hot",
+        ),
+        pytest.param(
+            M, {},
+            [
+                instance("a", requests_per_minute=HOT),
+                instance("b", used_bytes=70, requests_per_minute=HOT * 2 // 3 + 1),
+            ],
+            "a", "most_free", "b", (),
+            id="nor one that answers about as many as the coolest",
+        ),
+        pytest.param(
+            M, {},
+            [
+                instance("a", requests_per_minute=HOT),
+                instance("b", model_types=()),
+            ],
+            "a", "only_candidate", None, (),
+            id="nor the only one, however much it answers",
+        ),
+        pytest.param(
+            M, {}, [instance("a", requests_per_minute=HOT), full("b")],
+            "a", "not_full", "b", ("hot",),
+            id="nothing is evicted elsewhere because an instance with room is hot",
+        ),
+        # -- zones
+        pytest.param(
+            M, {},
+            [
+                instance("a", zone="z1"), copy("m", "a"),
+                instance("b", zone="z1"), instance("c", zone="z2", used_bytes=70),
+            ],
+            "c", "zone_spread", "b", (),
+            id="a second copy goes to a zone without one",
+        ),
+        pytest.param(
+            M, {},
+            [
+                instance("a", zone="z1"), copy("m", "a"), instance("b", zone="z1"),
+                full("c", zone="z2"),
+            ],
+            "b", "not_full", "c", (),
+            id="but nothing is evicted for it while there is room",
+        ),
+        pytest.param(
+            M, {},
+            [instance("a", zone="z1"), instance("b", zone="z2", used_bytes=70), copy("n", "a")],
+            "a", "most_free", "b", (),
+            id="zones do not matter to a first copy",
+        ),
+        pytest.param(
+            M, {},
+            [
+                instance("a", DRAINING, zone="z1"), copy("m", "a"),
+                instance("b", zone="z1"), instance("c", zone="z2", used_bytes=70),
+            ],
+            "b", "most_free", "c", (),
+            id="nor does a copy that is about to leave",
+        ),
+        pytest.param(
+            M, {},
+            [
+                instance("a1", zone="a"), copy("m", "a1"), instance("a2", zone="a"),
+                copy("m", "a2"), instance("a3", zone="a"),
+                instance("b1", zone="b"), copy("m", "b1"), instance("b2", zone="b", used_bytes=70),
+            ],
+            "b2", "zone_spread", "a3", (),
+            id="every zone has one: the zone with the fewest",
+        ),
+        # -- closeness
+        pytest.param(
+            M, {}, [instance("a", used_bytes=70), instance("b"), instance("c", used_bytes=60)],
+            "b", "most_free", "c", (),
+            id="what came second is the best of the rest",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_preferred(
+    one: ModelRecord,
+    asked: Asked,
+    records: list[Record],
+    chosen: str,
+    reason: str,
+    runner_up: str | None,
+    marks: tuple[str, ...],
+) -> None:
+    view = view_of(one, *records)
+    constraints = asked.get("constraints")
+    if isinstance(constraints, Mapping):
+        view.put_config("type_constraints", constraints)
+    avoid = set(str(asked.get("avoid", "")))
+    found = place(view, one, now_ms=NOW, policy=POLICY, avoid=avoid)
+    assert isinstance(found, Placement), found
+    assert (found.instance_id, found.reason, found.runner_up) == (chosen, reason, runner_up)
+    assert found.marks == marks
+    assert all(mark in found.detail for mark in marks)
 
 
-def holds(found: Placement, view: ClusterView, one: ModelRecord, exclude: set[str]) -> None:
-    """Everything that a chosen instance must be."""
-    slot = view.instances[found.instance_id]
-    size = one.size_bytes_stated
-    assert size is not None
-    assert found.instance_id not in exclude
-    assert slot.record.state is READY
-    assert one.model_type in slot.record.model_types
-    assert one.model_id not in slot.copies
-    assert size <= slot.record.capacity_bytes
-    assert found.instance_id not in {f.instance_id for f in view.failures_of("m", NOW)}
-    if not found.full:
-        assert size <= slot.effective_free_bytes
-        assert slot.effective_used_bytes + size <= slot.record.capacity_bytes
+def test_required_labels_that_nobody_has_are_named_and_final() -> None:
+    view = view_of(
+        GPU, instance("a", labels=("ssd",)), instance("b"), instance("c", model_types=())
+    )
+    found = place(view, GPU, now_ms=NOW, policy=POLICY)
+    assert isinstance(found, NoPlacement)
+    assert (found.reason, found.code) == ("no_label", Code.FAILED_PRECONDITION)
+    assert not found.retryable
+    assert found.detail == (
+        "model 'm' cannot be loaded: no instance that runs 'onnx' has all the labels that are "
+        "required: gpu; labels of those that run: ssd"
+    )
+
+
+def test_a_label_that_only_small_instances_have_names_their_size() -> None:
+    view = view_of(GPU, instance("a"), instance("b", capacity=7, labels=("gpu",)))
+    found = place(view, GPU, now_ms=NOW, policy=POLICY)
+    assert isinstance(found, NoPlacement) and found.reason == "too_large"
+    assert "the largest that runs 'onnx' with gpu has 7 bytes" in found.detail
+
+
+def test_a_labelled_instance_that_starts_may_be_what_is_missing() -> None:
+    view = view_of(GPU, instance("a"), instance("b", STARTING))
+    found = place(view, GPU, now_ms=NOW, policy=POLICY)
+    assert isinstance(found, NoPlacement) and found.reason == "instances_starting"
+
+
+def test_where_all_are_avoided_there_is_still_a_place() -> None:
+    view = view_of(M, instance("a"), instance("b"))
+    found = place(view, M, now_ms=NOW, policy=POLICY, avoid={"a", "b"})
+    assert isinstance(found, Placement) and found.marks == ("avoided",)
+
+
+def test_a_copy_asked_for_counts_in_its_zone() -> None:
+    view = view_of(M, *(instance(i, zone=z) for i, z in (("a", "z1"), ("b", "z1"), ("c", "z2"))))
+    view.add_pending("m", "a", size_bytes=20, now_ms=NOW)
+    found = place(view, M, now_ms=NOW, policy=POLICY)
+    assert isinstance(found, Placement)
+    assert (found.instance_id, found.reason) == ("c", "zone_spread")
+
+
+def test_the_thresholds_are_the_policys() -> None:
+    hot = view_of(M, instance("a", requests_per_minute=50), instance("b", used_bytes=70))
+    found = place(hot, M, now_ms=NOW, policy=Policy(hot_requests_per_minute=49))
+    assert isinstance(found, Placement) and found.reason == "not_hot"
+    new = view_of(M, group("a", "old", 100), group("b", "new", 50))
+    for window_ms, reason in ((51, "not_replaced"), (50, "tie_hash")):
+        found = place(new, M, now_ms=NOW, policy=Policy(replacement_window_ms=window_ms))
+        assert isinstance(found, Placement) and found.reason == reason
+    for share, reason in ((0.5, "slots_free"), (0.9, "most_free")):
+        close = view_of(M, instance("a", used_bytes=40), instance("b", loading_count=1))
+        found = place(close, M, now_ms=NOW, policy=Policy(close_free_share=share))
+        assert isinstance(found, Placement) and found.reason == reason
