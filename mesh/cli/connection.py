@@ -116,6 +116,34 @@ class Connection:
         reply = self._admin("Explain", admin_pb2.ExplainRequest(name=name), timeout_s)
         return admin_pb2.ExplainResponse.FromString(reply).json
 
+    def decisions(self, name: str, *, limit: int, since_ms: int, timeout_s: float) -> str:
+        request = admin_pb2.DecisionsRequest(name=name, limit=limit, since_ms=since_ms)
+        reply = self._admin("Decisions", request, timeout_s)
+        return admin_pb2.DecisionsResponse.FromString(reply).json
+
+    def get_policy(self, *, timeout_s: float) -> str:
+        reply = self._admin("GetPolicy", admin_pb2.GetPolicyRequest(), timeout_s)
+        return admin_pb2.PolicyResponse.FromString(reply).json
+
+    def set_policy(
+        self, overrides_json: str, unset: Sequence[str], *, reset: bool, timeout_s: float
+    ) -> str:
+        request = admin_pb2.SetPolicyRequest(
+            overrides_json=overrides_json, unset=unset, reset=reset
+        )
+        reply = self._admin("SetPolicy", request, timeout_s)
+        return admin_pb2.PolicyResponse.FromString(reply).json
+
+    def get_type_constraints(self, *, timeout_s: float) -> str:
+        request = admin_pb2.GetTypeConstraintsRequest()
+        reply = self._admin("GetTypeConstraints", request, timeout_s)
+        return admin_pb2.TypeConstraintsResponse.FromString(reply).json
+
+    def set_type_constraints(self, constraints_json: str, *, timeout_s: float) -> str:
+        request = admin_pb2.SetTypeConstraintsRequest(json=constraints_json)
+        reply = self._admin("SetTypeConstraints", request, timeout_s)
+        return admin_pb2.TypeConstraintsResponse.FromString(reply).json
+
     def _admin(self, method: str, request: Any, timeout_s: float) -> bytes:
         return self.call(ADMIN + method, request.SerializeToString(), timeout_s=timeout_s)
 

@@ -1,7 +1,8 @@
 """The `mesh` command: its commands and their options, and nothing else.
 
 Each command imports what it needs when it runs, so that `mesh --help` and completion are quick. The
-server commands (`up`, `router`, `instance`) are declared in ``mesh.cli.servers``.
+server commands (`up`, `router`, `instance`) are declared in ``mesh.cli.servers``, `policy` and
+`type-constraints` in ``mesh.cli.live_settings``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mesh.cli import servers
+from mesh.cli import live_settings, servers
 from mesh.cli.exits import HELP as EXIT_CODES
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.formats import DetailFormat, ListFormat
-from mesh.cli.quantities import parse_duration_ms
+from mesh.cli.options import DetailOption, ListOption, TimeoutOption, duration_s
 from mesh.cli.session import MeshGroup, Session, out
 
 DEFAULT_ADDRESS = "127.0.0.1:8033"
@@ -29,13 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def duration_s(text: str) -> float:
-    try:
-        return parse_duration_ms(text) / 1000
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def complete_model(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -53,12 +47,6 @@ def complete_model(ctx: typer.Context, incomplete: str) -> list[str]:
     return [row["name"] for row in rows if str(row.get("name", "")).startswith(incomplete)]
 
 
-TimeoutOption = Annotated[
-    Any,
-    typer.Option("--timeout", parser=duration_s, metavar="DURATION", help="Give up after so long."),
-]
-ListOption = Annotated[ListFormat, typer.Option("--output", "-o", help="How to show it.")]
-DetailOption = Annotated[DetailFormat, typer.Option("--output", "-o", help="How to show it.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_model)]
 
 
@@ -211,11 +199,37 @@ def infer(
 @app.command()
 def explain(
     ctx: typer.Context,
-    name: ModelArgument,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", autocompletion=complete_model)
+    ] = None,
+    decisions: Annotated[
+        bool,
+        typer.Option(
+            "--decisions",
+            help="What was decided lately by the router and the instances, and why: of one model "
+            "or instance when it is named.",
+        ),
+    ] = False,
+    limit: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Decisions at most; the latest come first.")
+    ] = 50,
+    since: Annotated[
+        Any,
+        typer.Option(parser=duration_s, metavar="DURATION", help="Decisions not older than that."),
+    ] = None,
     output: DetailOption = DetailFormat.text,
     timeout: TimeoutOption = "30s",
 ) -> None:
-    """Where a request for the model would go now, and why."""
+    """Where a request for the model would go now, and why; or the last decisions."""
+    if decisions:
+        from mesh.cli import decisions as command
+
+        command.show(
+            ctx.obj, name or "", limit=limit, since_s=since, format_=output, timeout_s=timeout
+        )
+        return
+    if not name:
+        raise CommandError("give the name of a model, or --decisions", Exit.USAGE)
     from mesh.cli import resources
 
     resources.explain(ctx.obj, name, output, timeout)
@@ -233,6 +247,7 @@ def version() -> None:
     out(f"mesh {found}\n")
 
 
+live_settings.add_to(app)
 servers.add_to(app)
 
 

@@ -17,10 +17,12 @@ from typing import Any, Final, Generic, TypeVar
 from mesh.admin_views import (
     ConcreteModel,
     CopyView,
+    DecisionRow,
     Explanation,
     InstanceRow,
     ModelDescription,
     ModelRow,
+    PolicyRow,
 )
 from mesh.cli.quantities import format_age, format_size
 
@@ -88,6 +90,39 @@ def instance_columns(now_ms: int) -> tuple[Column[InstanceRow], ...]:
         Column("TYPES", lambda row: ",".join(row.model_types) or "-", wide=True),
         Column("LABELS", lambda row: ",".join(row.labels) or "-", wide=True),
         Column("VERSION", lambda row: row.software_version or "-", wide=True),
+    )
+
+
+def decision_columns(now_ms: int) -> tuple[Column[DecisionRow], ...]:
+    return (
+        Column("AGE", lambda row: _age(row.at_ms, now_ms)),
+        Column("KIND", lambda row: row.kind),
+        Column("MODEL", lambda row: row.model_id or "-"),
+        Column("INSTANCE", lambda row: row.instance_id or "-"),
+        Column("REASON", lambda row: row.reason or "-"),
+        Column("RUNNER-UP", lambda row: row.runner_up or "-"),
+        Column("DETAIL", lambda row: row.detail or "-"),
+        Column("WHO", lambda row: row.who or "-"),
+    )
+
+
+def policy_columns() -> tuple[Column[PolicyRow], ...]:
+    return (
+        Column("NAME", lambda row: row.name),
+        Column("VALUE", lambda row: str(row.value)),
+        Column("DEFAULT", lambda row: str(row.default)),
+        Column("FROM", lambda row: row.source),
+        Column("UNIT", lambda row: row.unit or "-", wide=True),
+        Column("EXPECTED", lambda row: row.expected, wide=True),
+        Column("REASON", lambda row: row.reason, wide=True),
+    )
+
+
+def constraint_columns() -> tuple[Column[tuple[str, dict[str, list[str]]]], ...]:
+    return (
+        Column("TYPE", lambda row: row[0]),
+        Column("REQUIRED", lambda row: ",".join(row[1].get("required", ())) or "-"),
+        Column("PREFERRED", lambda row: ",".join(row[1].get("preferred", ())) or "-"),
     )
 
 

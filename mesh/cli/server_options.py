@@ -146,3 +146,13 @@ FailureExpiryOption = Annotated[
         "the store or the disk was at fault.",
     ),
 ]
+PolicyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        envvar=variable("POLICY"),
+        metavar="NAME=VALUE,...",
+        help="Set a threshold for this process; repeatable. `mesh policy -o wide` lists them with "
+        "their reasons; `mesh policy set` changes them in a running mesh and wins.",
+    ),
+]

@@ -28,6 +28,7 @@ from mesh.cli.server_options import (
     MetricsPortOption,
     NamespaceOption,
     PerModelMetricsOption,
+    PolicyOption,
     PrefixOption,
     StorageConfigOption,
     TlsCertOption,
@@ -111,6 +112,7 @@ def up(
     storage_config: StorageConfigOption = None,
     cache_size: CacheSizeOption = "20GiB",
     failure_expiry: FailureExpiryOption = "15m",
+    policy: PolicyOption = None,
     max_message_size: MessageSizeOption = "16MiB",
     per_model_metrics: PerModelMetricsOption = False,
     prefix: PrefixOption = "mesh",
@@ -128,9 +130,11 @@ def up(
 
     check_tls(tls_cert, tls_key, tls_client_ca)
     check_folders(file_root, storage_config)
+    policy_from(failure_expiry, policy)  # a wrong one is named here, and not by every child
     both_flags = (
         *("--max-message-size", str(max_message_size)),
         *("--failure-expiry", f"{failure_expiry}ms"),
+        *(part for text in policy or () for part in ("--policy", text)),
         *(("--per-model-metrics",) if per_model_metrics else ()),
     )
     settings = UpSettings(
@@ -184,6 +188,7 @@ def router(
     tls_key: TlsKeyOption = None,
     tls_client_ca: TlsClientCaOption = None,
     failure_expiry: FailureExpiryOption = "15m",
+    policy: PolicyOption = None,
     max_message_size: MessageSizeOption = "16MiB",
     per_model_metrics: PerModelMetricsOption = False,
     name: Annotated[
@@ -194,7 +199,6 @@ def router(
     """One router, against an etcd that is already there."""
     from dataclasses import replace
 
-    from mesh.core.policy import Policy
     from mesh.wire.limits import INSIDE, PUBLIC
     from router.process import main
     from router.settings import RouterSettings, TlsFiles
@@ -215,7 +219,7 @@ def router(
             tls=tls,
             per_model_metrics=per_model_metrics,
             software_version=software_version(),
-            policy=with_failure_expiry(Policy(), failure_expiry),
+            policy=policy_from(failure_expiry, policy),
             limits=replace(PUBLIC, max_message_bytes=max_message_size),
             inside_limits=replace(INSIDE, max_message_bytes=max_message_size),
         )
@@ -256,10 +260,30 @@ def instance(
     name: Annotated[
         str, typer.Option(envvar=variable("INSTANCE_NAME"), help="Start of the instance's id.")
     ] = "instance",
-    zone: Annotated[str, typer.Option(envvar=variable("ZONE"))] = "",
+    zone: Annotated[
+        str, typer.Option(envvar=variable("ZONE"), help="Copies are spread over zones.")
+    ] = "",
     label: Annotated[
-        list[str] | None, typer.Option("--label", metavar="LABEL", help="Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--label",
+            "--labels",
+            envvar=variable("LABELS"),
+            metavar="LABEL,...",
+            help="What this instance has, for models and formats that ask for it; repeatable.",
+        ),
     ] = None,
+    group: Annotated[
+        str,
+        typer.Option(envvar=variable("GROUP"), help="The deployment that it belongs to."),
+    ] = "",
+    replica_set: Annotated[
+        str,
+        typer.Option(
+            envvar=variable("REPLICA_SET"),
+            help="That deployment's generation: instances of older ones are about to be replaced.",
+        ),
+    ] = "",
     file_root: FileRootOption = None,
     allow_pickle: AllowPickleOption = False,
     storage_config: StorageConfigOption = None,
@@ -284,6 +308,7 @@ def instance(
         int, typer.Option(min=1, max=1024, envvar=variable("THREADS"), help="Inferences at once.")
     ] = 4,
     failure_expiry: FailureExpiryOption = "15m",
+    policy: PolicyOption = None,
     max_message_size: MessageSizeOption = "16MiB",
     per_model_metrics: PerModelMetricsOption = False,
     log_level: LogLevelOption = LogLevel.info,
@@ -291,7 +316,6 @@ def instance(
     """One serving pod, against an etcd that is already there."""
     from dataclasses import replace
 
-    from mesh.core.policy import Policy
     from mesh.instance.process import serve
     from mesh.instance.settings import InstanceSettings
     from mesh.wire.limits import INSIDE
@@ -321,13 +345,15 @@ def instance(
             allow_pickle=allow_pickle,
             inference_threads=threads,
             zone=zone,
-            labels=tuple(label or ()),
+            labels=tuple(
+                one.strip() for text in label or () for one in text.split(",") if one.strip()
+            ),
+            group=group,
+            replica_set=replica_set,
             per_model_metrics=per_model_metrics,
             software_version=software_version(),
-            policy=replace(
-                with_failure_expiry(Policy(), failure_expiry),
-                load_timeout_ms=load_timeout,
-                load_slots=load_slots,
+            policy=policy_from(
+                failure_expiry, policy, load_timeout_ms=load_timeout, load_slots=load_slots
             ),
             limits=replace(INSIDE, max_message_bytes=max_message_size),
         )
@@ -337,14 +363,21 @@ def instance(
     raise typer.Exit(serve(settings))
 
 
-def with_failure_expiry(policy: Policy, expiry_ms: int) -> Policy:
-    from dataclasses import replace
+def policy_from(expiry_ms: int, texts: list[str] | None, **flags: int) -> Policy:
+    """The policy of a process: what its own flags say, and on top of that --policy."""
+    from mesh.cli.thresholds import with_overrides
+    from mesh.core.policy import Policy, overridden
 
-    return replace(
-        policy,
-        load_failure_expiry_ms=expiry_ms,
-        transient_failure_expiry_ms=min(expiry_ms, policy.transient_failure_expiry_ms),
-    )
+    default = Policy()
+    expiries = {
+        "load_failure_expiry_ms": expiry_ms,
+        "transient_failure_expiry_ms": min(expiry_ms, default.transient_failure_expiry_ms),
+    }
+    try:
+        base = overridden(default, {**expiries, **flags})
+    except MeshError as error:
+        raise CommandError(error.message, Exit.USAGE) from error
+    return with_overrides(base, texts)
 
 
 def check_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> None:

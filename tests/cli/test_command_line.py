@@ -31,7 +31,7 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
     text = run("--help").stdout
     for command in (
         *("up", "router", "instance", "apply", "get", "describe"),
-        *("delete", "infer", "explain", "version"),
+        *("delete", "infer", "explain", "version", "policy", "type-constraints"),
     ):
         assert f" {command} " in text
     assert "3 the mesh cannot be reached" in " ".join(text.split())
