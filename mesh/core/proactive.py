@@ -13,8 +13,7 @@ loads end, and not in its first ``proactive_quiet_ms``.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable
-from itertools import islice
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 from mesh.core.placement import Placement, place, predict_size_bytes
@@ -25,8 +24,8 @@ from mesh.core.view import ClusterView
 
 # Models that one walk over the last uses ranks: what is loaded until the next walk.
 RANKED_MAX: Final = 1_024
-# Models that are looked at for one that is loaded: some fit nowhere, or failed lately.
-_LOOKED_AT: Final = 4
+# Placements that are tried for one that is wanted: some models fit nowhere.
+_LOOKS: Final = 4
 
 
 def plan_proactive(
@@ -54,23 +53,23 @@ def plan_proactive(
         return ()
     if ranked is None:
         ranked = recent_models(view, now_ms=now_ms, policy=policy)
-    wanted = (
-        model_id
-        for model_id in ranked
-        if model_id in view.models
-        and model_id not in under_way
-        and not view.copies_of(model_id)
-        and not view.pending_of(model_id)
-    )
     orders: list[LoadOrder] = []
-    for model_id in islice(wanted, _LOOKED_AT * left):
-        placed = _place(view, view.models[model_id], room, now_ms, policy)
+    looks = _LOOKS * left
+    for model in _to_load(view, ranked, under_way, room, now_ms, policy):
+        placed = _place(view, model, room, now_ms, policy)
+        looks -= 1
         if placed is not None:
             del room[placed.instance_id]
-            orders.append(LoadOrder(model_id, placed, LoadPriority.PROACTIVE, "recently_used"))
-        if len(orders) >= left or not room:
+            order = LoadOrder(model.model_id, placed, LoadPriority.PROACTIVE, "recently_used")
+            orders.append(order)
+        if len(orders) >= left or not room or not looks:
             break
     return tuple(orders)
+
+
+def has_room(view: ClusterView, policy: Policy) -> bool:
+    """Whether any instance may be given such a load now."""
+    return view.synced and bool(_room(view, policy))
 
 
 def recent_models(
@@ -121,12 +120,35 @@ def _room(view: ClusterView, policy: Policy) -> dict[str, int]:
     return room
 
 
+def _to_load(
+    view: ClusterView,
+    ranked: Iterable[str],
+    under_way: Collection[str],
+    room: Mapping[str, int],
+    now_ms: int,
+    policy: Policy,
+) -> Iterator[ModelRecord]:
+    """Those that are still without a copy, and that somebody can run: a placement costs a walk over
+    all instances. ``room`` only shrinks meanwhile."""
+    formats = {t for i in room for t in view.instances[i].record.model_types}
+    largest = max(room.values())
+    for model_id in ranked:
+        model = view.models.get(model_id)
+        if model is None or model_id in under_way or model.model_type not in formats:
+            continue
+        if view.copies_of(model_id) or view.pending_of(model_id):
+            continue
+        if predict_size_bytes(model, policy) > largest or view.failures_of(model_id, now_ms):
+            continue
+        yield model
+
+
 def _place(
     view: ClusterView, model: ModelRecord, room: dict[str, int], now_ms: int, policy: Policy
 ) -> Placement | None:
     size_bytes = predict_size_bytes(model, policy)
-    if max(room.values()) < size_bytes:
-        return None
     without = [i for i in view.instances if room.get(i, -1) < size_bytes]
+    if len(without) == len(view.instances):
+        return None
     placed = place(view, model, now_ms=now_ms, policy=policy, exclude=frozenset(without))
     return placed if isinstance(placed, Placement) and not placed.full else None

@@ -192,8 +192,11 @@ def missing_copies(
     """Loads for models that lack their pinned copy or are below their minimum, pinned ones first.
 
     One load a model and one an instance: the view does not count these loads yet. The shell adds
-    them as pending and asks again, up to ``Policy.repair_loads_max`` in one sweep. ``among``: look
-    at these models only. ``minimums`` as shared out before; shared out now when None.
+    them as pending and asks again, up to ``Policy.repair_loads_max`` in one sweep. A model for
+    which a load is pending waits until its claim is seen: claims go one after another.
+
+    ``among``: look at these models only. ``minimums`` as shared out before; shared out now when
+    None.
     """
     wanting = view.models_with_minimum()
     if among is not None:
@@ -266,12 +269,13 @@ def _need(view: ClusterView, model: ModelRecord, granted: Minimums) -> _Need:
     loaded = view.loaded_on(model.model_id)
     if not model.pinned and len(loaded) >= model.min_copies and view.instances[loaded[0]].ready:
         return _Need(model, False, 0, 0)  # nearly all of them: no list is made
+    if view.pending_of(model.model_id):
+        return _Need(model, False, 0, 0)
     lasting = _lasting(view, model.model_id)
-    coming = len(view.pending_of(model.model_id))
-    have = len(lasting) + coming
+    have = len(lasting)
     wished = max(least, model.min_copies) - have
     copies = max(least, granted.granted(model)) - have
-    pin = model.pinned and not coming and not any(copy.pinned for copy in lasting)
+    pin = model.pinned and not any(copy.pinned for copy in lasting)
     return _Need(model, pin, max(0, copies), max(0, wished) - max(0, copies))
 
 

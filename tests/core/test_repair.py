@@ -117,12 +117,7 @@ def test_asking_again_after_each_round_fills_all_and_never_over_capacity() -> No
     while loads := missing_copies(view, now_ms=NOW, policy=policy)[0]:
         assert len({o.placement.instance_id for o in loads}) == len(loads)
         for order in loads:
-            view.add_pending(
-                order.model_id,
-                order.placement.instance_id,
-                size_bytes=order.placement.size_bytes,
-                now_ms=NOW,
-            )
+            view.put_copy(copy(order.model_id, order.placement.instance_id, LOADING))
         rounds.append(loads)
         assert len(rounds) <= 16
     assert sum(map(len, rounds)) == 12
