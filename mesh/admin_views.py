@@ -32,6 +32,7 @@ class CopyView:
     size_bytes: int = 0
     claimed_at_ms: int = 0
     loaded_at_ms: int = 0
+    pinned: bool = False  # it stays whatever comes
     inflight: int = 0  # requests of the answering router on it
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,6 +70,13 @@ class ModelRow:
     size_bytes: int = 0
     min_copies: int = 0
     pinned: bool = False
+    copies_wanted: int = 0  # by minimum or pin; 0 for none
+    shortfall: str = (
+        ""  # why there are fewer than that: reason and detail, "" when it will be mended
+    )
+    idle_unload_ms: int | None = None  # None: the policy's
+    required_labels: tuple[str, ...] = ()
+    preferred_labels: tuple[str, ...] = ()
     created_at_ms: int = 0
     last_used_at_ms: int = 0
     failure: str = ""
@@ -95,6 +103,10 @@ class InstanceRow:
     model_types: tuple[str, ...] = ()
     zone: str = ""
     labels: tuple[str, ...] = ()
+    group: str = ""
+    replica_set: str = ""
+    victim_score: float = 0.0  # worth of the copy that would go first; 0.0: nothing to evict
+    passed_over: bool = False  # it does not answer the answering router
     metrics_address: str = ""
     software_version: str = ""
 
@@ -118,6 +130,9 @@ class ConcreteModel:
     pinned: bool = False
     max_concurrency: int | None = None
     load_timeout_ms: int | None = None
+    idle_unload_ms: int | None = None
+    required_labels: tuple[str, ...] = ()
+    preferred_labels: tuple[str, ...] = ()
     auto_delete: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
     created_at_ms: int = 0
@@ -156,6 +171,8 @@ class Candidate:
     free_bytes: int = 0
     loads_in_progress: int = 0
     lru_at_ms: int = 0
+    marks: tuple[str, ...] = ()  # what speaks against it without refusing it
+    zone: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +180,9 @@ class Explanation:
     """``mesh explain NAME``: where a request for the name would go now, and why.
 
     ``action``: ``hit`` (a copy answers), ``join`` (it waits for a load under way), ``load`` (a
-    load would start), ``refused`` (an error; ``code`` names its gRPC code) or ``not_found``.
+    load would start), ``wait`` (for a place; in vain, it ends with ``code``), ``refused`` (an
+    error; ``code`` names its gRPC code) or ``not_found``. ``shortfall`` tells why the model has
+    fewer copies than it wants.
     ``reason`` is the decision's label, the same as in metrics and logs; ``text`` tells it to a
     person. ``candidates`` are best first.
     """
@@ -184,6 +203,7 @@ class Explanation:
     target_model_id: str = ""
     copies: tuple[CopyView, ...] = ()
     errors: tuple[str, ...] = ()
+    shortfall: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mesh import admin_views as views
+from mesh.core.placement import Candidate
+from mesh.core.policy import Policy
+from mesh.core.repair import shortfall_of
+from mesh.core.slots import InstanceSlot
 from mesh.core.status import model_status, name_status
 from mesh.core.types import CopyState, ModelRecord
 from mesh.core.view import ClusterView
@@ -18,8 +22,15 @@ from mesh.core.view import ClusterView
 LastUsed = Callable[[str], int]
 
 
-def model_row(view: ClusterView, name: str, now_ms: int, last_used: LastUsed) -> views.ModelRow:
-    """One name that clients use. A name that is gone has state NOT_FOUND."""
+def model_row(
+    view: ClusterView,
+    name: str,
+    now_ms: int,
+    last_used: LastUsed,
+    shortfall: Callable[[ModelRecord], str] = lambda model: "",
+) -> views.ModelRow:
+    """One name that clients use. A name that is gone has state NOT_FOUND. ``shortfall`` tells why
+    a model has fewer copies than it wants."""
     status = name_status(view, name, now_ms)
     alias = view.vmodels.get(name)
     model_id = status.model_id or (alias.active_model_id if alias is not None else name)
@@ -44,6 +55,11 @@ def model_row(view: ClusterView, name: str, now_ms: int, last_used: LastUsed) ->
         size_bytes=size_bytes,
         min_copies=model.min_copies if model is not None else 0,
         pinned=model.pinned if model is not None else False,
+        copies_wanted=copies_wanted(model) if model is not None else 0,
+        shortfall=shortfall(model) if model is not None else "",
+        idle_unload_ms=model.idle_unload_ms if model is not None else None,
+        required_labels=model.required_labels if model is not None else (),
+        preferred_labels=model.preferred_labels if model is not None else (),
         created_at_ms=model.created_at_ms if model is not None else 0,
         last_used_at_ms=max(view.last_used_at_ms(model_id), last_used(model_id)),
         failure=status.errors[0] if status.errors else "",
@@ -75,6 +91,7 @@ def concrete_model(
             size_bytes=copy.size_bytes,
             claimed_at_ms=copy.claimed_at_ms,
             loaded_at_ms=copy.loaded_at_ms,
+            pinned=copy.pinned,
             inflight=inflight_on(model_id, copy.instance_id),
             details=details.get((model_id, copy.instance_id), {}),
         )
@@ -103,12 +120,90 @@ def concrete_model(
         pinned=model.pinned,
         max_concurrency=model.max_concurrency,
         load_timeout_ms=model.load_timeout_ms,
+        idle_unload_ms=model.idle_unload_ms,
+        required_labels=model.required_labels,
+        preferred_labels=model.preferred_labels,
         auto_delete=model.auto_delete,
         labels=model.labels,
         created_at_ms=model.created_at_ms,
         last_used_at_ms=max(view.last_used_at_ms(model_id), last_used(model_id)),
         copies=copies,
         failures=failures,
+    )
+
+
+def copies_wanted(model: ModelRecord) -> int:
+    """By a minimum or a pin; 0 when any number will do."""
+    return model.min_copies if model.min_copies > 1 else int(model.pinned)
+
+
+class Shortfalls:
+    """Why models have fewer copies than they want, for one answer: of the first ``most`` that do,
+    because each takes a look at all minimums."""
+
+    def __init__(self, view: ClusterView, now_ms: int, policy: Policy, most: int = 100) -> None:
+        self._view = view
+        self._now_ms = now_ms
+        self._policy = policy
+        self._left = most
+
+    def __call__(self, model: ModelRecord) -> str:
+        """ "" when there is none, or it is about to be mended."""
+        wanted = copies_wanted(model)
+        if not wanted or self._left <= 0:
+            return ""
+        if len(self._view.loaded_on(model.model_id)) >= wanted and not model.pinned:
+            return ""
+        self._left -= 1
+        short = shortfall_of(self._view, model, self._now_ms, self._policy)
+        return "" if short is None else f"{short.missing} missing, {short.reason}: {short.detail}"
+
+
+def instance_row(slot: InstanceSlot, *, passed_over: bool) -> views.InstanceRow:
+    record = slot.record
+    return views.InstanceRow(
+        instance_id=record.instance_id,
+        address=record.address,
+        state=record.state.value,
+        capacity_bytes=record.capacity_bytes,
+        used_bytes=slot.effective_used_bytes,
+        model_count=len(slot.copies) - slot.loading,
+        loading_count=slot.loads_in_progress,
+        load_slots=record.load_slots,
+        lru_at_ms=record.lru_at_ms,
+        requests_per_minute=record.requests_per_minute,
+        started_at_ms=record.started_at_ms,
+        model_types=record.model_types,
+        zone=record.zone,
+        labels=record.labels,
+        group=record.group,
+        replica_set=record.replica_set,
+        victim_score=record.victim_score,
+        passed_over=passed_over,
+        metrics_address=record.metrics_address,
+        software_version=record.software_version,
+    )
+
+
+def candidate_view(candidate: Candidate, ranked: list[str], chosen: str) -> views.Candidate:
+    """``ranked``: the instances that were not refused, best first."""
+    reason = candidate.refusal or (
+        f"{candidate.free_bytes} bytes free, {candidate.loads_in_progress} loading"
+        + (", has to evict" if candidate.full else "")
+        + (f"; {', '.join(candidate.marks)}" if candidate.marks else "")
+    )
+    rank = ranked.index(candidate.instance_id) + 1 if candidate.refusal is None else 0
+    return views.Candidate(
+        instance_id=candidate.instance_id,
+        reason=reason,
+        chosen=candidate.instance_id == chosen,
+        rank=rank,
+        full=candidate.full,
+        free_bytes=candidate.free_bytes,
+        loads_in_progress=candidate.loads_in_progress,
+        lru_at_ms=candidate.lru_at_ms,
+        marks=candidate.marks,
+        zone=candidate.zone,
     )
 
 

@@ -68,6 +68,9 @@ def model_columns(now_ms: int) -> tuple[Column[ModelRow], ...]:
         Column("AGE", lambda row: _age(row.created_at_ms, now_ms)),
         Column("MODEL ID", lambda row: row.model_id, wide=True),
         Column("MIN", lambda row: "pinned" if row.pinned else str(row.min_copies), wide=True),
+        Column("LACKS", _lacks, wide=True),
+        Column("IDLE UNLOAD", lambda row: _idle_unload(row.idle_unload_ms), wide=True),
+        Column("LABELS", lambda row: _labels(row.required_labels, row.preferred_labels), wide=True),
         Column("PATH", lambda row: row.path or "-", wide=True),
         Column("INSTANCES", lambda row: ",".join(row.instance_ids) or "-", wide=True),
         Column("FAILURE", lambda row: row.target_failure or row.failure or "-", wide=True),
@@ -77,7 +80,7 @@ def model_columns(now_ms: int) -> tuple[Column[ModelRow], ...]:
 def instance_columns(now_ms: int) -> tuple[Column[InstanceRow], ...]:
     return (
         Column("NAME", lambda row: row.instance_id),
-        Column("STATE", lambda row: row.state),
+        Column("STATE", lambda row: row.state + (" (passed over)" if row.passed_over else "")),
         Column("MODELS", lambda row: str(row.model_count)),
         Column("LOADING", lambda row: f"{row.loading_count}/{row.load_slots}"),
         Column("USED", lambda row: format_size(row.used_bytes)),
@@ -88,7 +91,14 @@ def instance_columns(now_ms: int) -> tuple[Column[InstanceRow], ...]:
         Column("METRICS", lambda row: row.metrics_address or "-", wide=True),
         Column("OLDEST USE", lambda row: _age(row.lru_at_ms, now_ms), wide=True),
         Column("TYPES", lambda row: ",".join(row.model_types) or "-", wide=True),
+        Column("ZONE", lambda row: row.zone or "-", wide=True),
         Column("LABELS", lambda row: ",".join(row.labels) or "-", wide=True),
+        Column("GROUP", _group, wide=True),
+        Column(
+            "VICTIM SCORE",
+            lambda row: f"{row.victim_score:.3g}" if row.victim_score else "-",
+            wide=True,
+        ),
         Column("VERSION", lambda row: row.software_version or "-", wide=True),
     )
 
@@ -160,6 +170,8 @@ def describe_model(view: ModelDescription, now_ms: int) -> str:
         f"Kind:       {'alias' if row.alias else 'model'}",
         f"State:      {_model_state(row)}",
     ]
+    if row.shortfall:
+        lines.append(f"Lacks:      {_lacks(row)}")
     if row.failure:
         lines.append(f"Failure:    {row.failure}")
     if row.target_failure:
@@ -187,7 +199,10 @@ def explain_model(view: Explanation) -> str:
         lines.append("Candidates:")
         for one in view.candidates:
             rank = "->" if one.chosen else f"{one.rank}." if one.rank else "no"
-            lines.append(f"  {rank:<3} {one.instance_id}  {one.reason}".rstrip())
+            zone = f" in {one.zone}" if one.zone else ""
+            lines.append(f"  {rank:<3} {one.instance_id}{zone}  {one.reason}".rstrip())
+    if view.shortfall:
+        lines.append(f"Lacks:      {view.shortfall}")
     if view.text:
         lines += ["", view.text.rstrip()]
     return "\n".join(lines) + "\n"
@@ -205,6 +220,8 @@ def _concrete(model: ConcreteModel, now_ms: int) -> list[str]:
         f"  Path:         {model.path or '-'}",
         f"  Size:         {', '.join(filter(None, (measured, stated))) or 'not known yet'}",
         f"  Min copies:   {model.min_copies}{', one pinned' if model.pinned else ''}",
+        f"  Idle unload:  {_idle_unload(model.idle_unload_ms)}",
+        f"  Wants labels: {_labels(model.required_labels, model.preferred_labels)}",
         f"  Created:      {_instant(model.created_at_ms, now_ms)}",
         f"  Last used:    {_instant(model.last_used_at_ms, now_ms)}",
     ]
@@ -230,6 +247,7 @@ def _copy(copy: CopyView, now_ms: int) -> list[str]:
     lines = [
         f"    {copy.instance_id} at {copy.address or '?'}: {copy.state} "
         f"for {_age(since, now_ms)}, {format_size(copy.size_bytes)}, {copy.inflight} in flight"
+        + (", pinned" if copy.pinned else "")
     ]
     details = {k: v for k, v in copy.details.items() if v and k not in _SAID_BEFORE}
     if details:
@@ -254,6 +272,32 @@ def _model_state(row: ModelRow) -> str:
 
 def _copies(row: ModelRow) -> str:
     return f"{row.copies_loaded}" + (f"+{row.copies_loading}" if row.copies_loading else "")
+
+
+def _lacks(row: ModelRow) -> str:
+    """How many copies of those that are wanted there are, and why not more."""
+    if not row.copies_wanted or (row.copies_loaded >= row.copies_wanted and not row.shortfall):
+        return "-"
+    told = f"{row.copies_loaded} of {row.copies_wanted}"
+    return f"{told}: {row.shortfall}" if row.shortfall else told
+
+
+def _idle_unload(idle_unload_ms: int | None) -> str:
+    match idle_unload_ms:
+        case None:
+            return "as the policy has it"
+        case 0:
+            return "never"
+        case _:
+            return format_age(idle_unload_ms)
+
+
+def _labels(required: Sequence[str], preferred: Sequence[str]) -> str:
+    return ", ".join([*required, *(f"{label} (preferred)" for label in preferred)]) or "-"
+
+
+def _group(row: InstanceRow) -> str:
+    return "/".join(filter(None, (row.group, row.replica_set))) or "-"
 
 
 def _age(at_ms: int, now_ms: int) -> str:

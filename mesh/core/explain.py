@@ -58,16 +58,18 @@ def explain(
     policy: Policy,
     inflight: Mapping[str, int],
     exclude: Collection[str] = (),
+    avoid: Collection[str] = (),
     draw: float = 0.0,
 ) -> Explanation:
-    """Decide as a request for ``name`` would be decided now, and tell."""
+    """Decide as a request for ``name`` would be decided now, and tell. ``avoid``: instances that
+    seem not to answer."""
     found = view.resolve(name)
     if isinstance(found, Unresolved):
         return Explanation(name, "not_found", found.reason, found.detail, code="NOT_FOUND")
     model_id = found.model_id
     status = model_status(view, model_id, now_ms, name=name)
     outcome, reason, detail, instance_id, runner_up, code = _decide(
-        view, model_id, now_ms, policy, inflight, exclude, draw
+        view, model_id, now_ms, policy, inflight, exclude, avoid, draw
     )
     vmodel = view.vmodels.get(name)
     moving = vmodel is not None and vmodel.target_model_id != vmodel.active_model_id
@@ -84,7 +86,9 @@ def explain(
         target_model_id=vmodel.target_model_id if vmodel is not None and moving else None,
         code=code,
         copies=status.copies,
-        candidates=candidates(view, found.model, now_ms=now_ms, policy=policy, exclude=exclude),
+        candidates=candidates(
+            view, found.model, now_ms=now_ms, policy=policy, exclude=exclude, avoid=avoid
+        ),
         inflight=tuple((i, inflight.get(i, 0)) for i in view.loaded_on(model_id)),
         errors=status.errors,
     )
@@ -97,6 +101,7 @@ def _decide(
     policy: Policy,
     inflight: Mapping[str, int],
     exclude: Collection[str],
+    avoid: Collection[str],
     draw: float,
 ) -> tuple[Outcome, str, str, str | None, str | None, str]:
     """(outcome, reason, detail, instance, runner-up, code)"""
@@ -105,7 +110,7 @@ def _decide(
         busy = inflight.get(hit.instance_id, 0)
         detail = f"loaded on {hit.instance_id}, {busy} requests in flight there"
         return "hit", hit.reason, detail, hit.instance_id, hit.runner_up, ""
-    _, step = first_step(view, model_id, now_ms=now_ms, policy=policy, exclude=exclude)
+    _, step = first_step(view, model_id, now_ms=now_ms, policy=policy, exclude=exclude, avoid=avoid)
     match step:
         case Release():  # not reached: ``route`` would have found it
             return "hit", step.reason, "loaded", step.instance_id, None, ""
