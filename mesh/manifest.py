@@ -32,28 +32,30 @@ from mesh.core.names import (
     concrete_model_id,
 )
 from mesh.core.types import ModelRecord, VModelRecord
+from mesh.manifest_annotations import (
+    ANY_NAME,
+    IDENTITY,
+    KSERVE_PREFIX,
+    REVISION,
+    annotated,
+    flag,
+)
 from mesh.manifest_fields import Fields, wrong
-from mesh.quantity import parse_duration_ms, parse_quantity
+
+__all__ = [
+    "ANY_NAME",
+    "API_VERSION",
+    "REVISION",
+    "AppliedModel",
+    "load_documents",
+    "parse_manifests",
+    "parse_resource",
+]
 
 API_VERSION: Final = "serving.kserve.io/v1beta1"
 SUPPORTED_KINDS: Final = ("InferenceService",)
 # The owner that ModelMesh's controller gives to the aliases of InferenceServices.
 OWNER: Final = "isvc"
-
-KSERVE_PREFIX: Final = "serving.kserve.io/"
-# Our own annotations. ``revision`` means nothing but "load it anew": for an artifact that was
-# replaced under the same path. ``any-name`` lifts Kubernetes' rule for names, for a model that
-# lives in a folder and not there.
-MESH_PREFIX: Final = "mesh.serving/"
-PIN: Final = MESH_PREFIX + "pin"
-MODEL_SIZE: Final = MESH_PREFIX + "model-size"
-MAX_CONCURRENCY: Final = MESH_PREFIX + "max-concurrency"
-LOAD_TIMEOUT: Final = MESH_PREFIX + "load-timeout"
-REVISION: Final = MESH_PREFIX + "revision"
-ANY_NAME: Final = MESH_PREFIX + "any-name"
-_MESH_ANNOTATIONS: Final = (PIN, MODEL_SIZE, MAX_CONCURRENCY, LOAD_TIMEOUT, REVISION, ANY_NAME)
-# Annotations that are part of what the model is.
-_IDENTITY: Final = (KSERVE_PREFIX + "secretKey", KSERVE_PREFIX + "schemaPath", REVISION)
 
 # One text; a resource is a few KB, and etcd takes 1.5 MB in a value.
 MAX_TEXT_CHARS: Final = 16 * 1024 * 1024
@@ -209,7 +211,7 @@ def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedMo
     spec.close(kserve_fields.SPEC)
     top.take("status")
     top.close()
-    about = _annotated(annotations, warnings)
+    about = annotated(annotations, warnings)
     what = _read_predictor(predictor, annotations, warnings)
     model = ModelRecord(
         model_id=concrete_model_id(name, "isvc", what.identity),
@@ -221,6 +223,9 @@ def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedMo
         pinned=about.pinned,
         max_concurrency=about.max_concurrency,
         load_timeout_ms=about.load_timeout_ms,
+        idle_unload_ms=about.idle_unload_ms,
+        required_labels=about.required_labels,
+        preferred_labels=about.preferred_labels,
         auto_delete=True,
         labels=labels,
         created_at_ms=now_ms,
@@ -238,19 +243,9 @@ def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedMo
 
 def _check_name(name: object, annotations: Mapping[str, str]) -> str:
     """A Kubernetes name; any printable one where the resource says that it is not for there."""
-    if isinstance(name, str) and _boolean(annotations, ANY_NAME):
+    if isinstance(name, str) and flag(annotations, ANY_NAME):
         return check_model_id(name, "metadata.name")
     return check_resource_name(name, "metadata.name")
-
-
-@dataclass(frozen=True, slots=True)
-class _Annotated:
-    """What our own annotations say."""
-
-    pinned: bool = False
-    size_bytes: int | None = None
-    max_concurrency: int | None = None
-    load_timeout_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,61 +272,6 @@ def _as_applied(resource: Mapping[str, Any]) -> str:
             f"found {len(text)}"
         )
     return text
-
-
-# ---- annotations ------------------------------------------------------------------------------
-
-
-def _annotated(annotations: Mapping[str, str], warnings: list[str]) -> _Annotated:
-    for name in sorted(annotations):
-        if name.startswith(MESH_PREFIX) and name not in _MESH_ANNOTATIONS:
-            warnings.append(f"{_annotation(name)}: unknown annotation, ignored")
-        elif name.startswith(KSERVE_PREFIX) and name not in _IDENTITY:
-            if name == KSERVE_PREFIX + "deploymentMode" and annotations[name] == "ModelMesh":
-                continue
-            warnings.append(f"{_annotation(name)}: kept, not acted on")
-    return _Annotated(
-        pinned=_boolean(annotations, PIN),
-        size_bytes=_positive(
-            parse_quantity(annotations[MODEL_SIZE], _annotation(MODEL_SIZE))
-            if MODEL_SIZE in annotations
-            else None,
-            MODEL_SIZE,
-        ),
-        max_concurrency=_concurrency(annotations),
-        load_timeout_ms=_positive(
-            parse_duration_ms(annotations[LOAD_TIMEOUT], _annotation(LOAD_TIMEOUT))
-            if LOAD_TIMEOUT in annotations
-            else None,
-            LOAD_TIMEOUT,
-        ),
-    )
-
-
-def _annotation(name: str) -> str:
-    return f"metadata.annotations[{name}]"
-
-
-def _boolean(annotations: Mapping[str, str], name: str) -> bool:
-    value = annotations.get(name, "false")
-    if value not in ("true", "false"):
-        raise wrong(_annotation(name), 'the string "true" or "false"', value)
-    return value == "true"
-
-
-def _positive(value: int | None, name: str) -> int | None:
-    if value is not None and value <= 0:
-        raise wrong(_annotation(name), "more than nothing", value)
-    return value
-
-
-def _concurrency(annotations: Mapping[str, str]) -> int | None:
-    value = annotations.get(MAX_CONCURRENCY)
-    if value is None:
-        return None
-    if not (value.isascii() and value.isdigit() and len(value) <= 6 and int(value) > 0):
-        raise wrong(_annotation(MAX_CONCURRENCY), "a whole number of 1 to 999999", value)
-    return int(value)
 
 
 # ---- the predictor ----------------------------------------------------------------------------
@@ -388,7 +328,7 @@ def _identity(predictor: Mapping[str, Any], annotations: Mapping[str, str]) -> d
     what = {
         k: v for k, v in predictor.items() if k not in kserve_fields.COMPONENT and v is not None
     }
-    chosen = {name: annotations[name] for name in _IDENTITY if name in annotations}
+    chosen = {name: annotations[name] for name in IDENTITY if name in annotations}
     return {**what, "annotations": chosen} if chosen else what
 
 

@@ -44,6 +44,9 @@ _SCALING: Final = (
     "pinned",
     "max_concurrency",
     "load_timeout_ms",
+    "idle_unload_ms",
+    "required_labels",
+    "preferred_labels",
     "labels",
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 from mesh.core.errors import Code
 from mesh.core.loads import AskLoad, GiveUp, Release, Wait, first_step
@@ -29,7 +29,8 @@ class Explanation:
     error) or ``not_found``.
 
     ``reason`` is the label of the decision; ``detail`` says it to a person. ``candidates`` are
-    the instances as a placement sees them, best first, each with its refusal if any;
+    the instances as a placement sees them, best first, each with its refusal if any, and what is
+    held against it (``mesh.core.preference``);
     ``inflight`` are this router's requests in flight on the copies.
     """
 
@@ -105,7 +106,9 @@ def _decide(
     draw: float,
 ) -> tuple[Outcome, str, str, str | None, str | None, str]:
     """(outcome, reason, detail, instance, runner-up, code)"""
-    hit = route(view.loaded_on(model_id), inflight, draw=draw, exclude=exclude)
+    loaded_on = view.loaded_on(model_id)
+    answering = [i for i in loaded_on if i not in avoid] or loaded_on
+    hit = route(answering, inflight, draw=draw, exclude=exclude)
     if hit is not None:
         busy = inflight.get(hit.instance_id, 0)
         detail = f"loaded on {hit.instance_id}, {busy} requests in flight there"
@@ -124,3 +127,5 @@ def _decide(
             return "wait", step.reason, step.detail, None, None, Code.UNAVAILABLE.name
         case GiveUp():
             return "refused", step.reason, step.detail, None, None, step.code.name
+        case _:
+            assert_never(step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mesh.core.explain import Explanation, explain
 from mesh.core.types import ModelState
 from tests.core.cluster import (
@@ -9,6 +11,7 @@ from tests.core.cluster import (
     LOADING,
     NOW,
     POLICY,
+    STARTING,
     Record,
     copy,
     failure,
@@ -19,8 +22,9 @@ from tests.core.cluster import (
 )
 
 
-def explained(name: str, *records: Record, **inflight: int) -> Explanation:
-    return explain(view_of(*records), name, now_ms=NOW, policy=POLICY, inflight=inflight)
+def explained(name: str, *records: Record, avoid: str = "", **inflight: int) -> Explanation:
+    view = view_of(*records)
+    return explain(view, name, now_ms=NOW, policy=POLICY, inflight=inflight, avoid=set(avoid))
 
 
 def test_a_hit_names_the_copy_the_runner_up_and_what_is_in_flight() -> None:
@@ -69,6 +73,53 @@ def test_a_refusal_has_the_code_and_the_cause() -> None:
 def test_without_a_place_it_waits_and_the_code_is_what_a_wait_in_vain_ends_with() -> None:
     found = explained("m", model())
     assert (found.outcome, found.reason, found.code) == ("wait", "no_instances", "UNAVAILABLE")
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        pytest.param([], "no_instances", id="no instance is there"),
+        pytest.param([instance("a", STARTING)], "instances_starting", id="the only one starts"),
+        pytest.param([instance("a", DRAINING)], "draining", id="the only one is about to leave"),
+    ],
+)
+def test_where_there_is_no_place_yet_it_waits(records: list[Record], reason: str) -> None:
+    found = explained("m", model(), *records)
+    assert (found.outcome, found.reason, found.code) == ("wait", reason, "UNAVAILABLE")
+    assert "'m' cannot be loaded" in found.detail
+
+
+def test_marks_say_what_is_held_against_whom() -> None:
+    found = explained(
+        "m",
+        model(preferred_labels=("big",)),
+        instance("a", labels=("big",)),
+        instance("b", labels=("big",), requests_per_minute=1_000_000),
+        instance("c", group="g", replica_set="old", started_at_ms=1),
+        instance("d", DRAINING, group="g", replica_set="new", started_at_ms=NOW),
+        instance("e", STARTING, group="g", replica_set="new", started_at_ms=NOW),
+        avoid="a",
+    )
+    assert (found.outcome, found.instance_id, found.reason) == ("load", "b", "not_replaced")
+    assert found.runner_up == "c"
+    assert {(c.instance_id, c.refusal, c.marks) for c in found.candidates} == {
+        ("a", None, ("avoided",)),
+        ("b", None, ("hot",)),
+        ("c", None, ("being_replaced", "not_preferred")),
+        ("d", "draining", ("not_preferred",)),
+        ("e", "starting", ("not_preferred",)),
+    }
+
+
+def test_a_copy_that_does_not_answer_is_passed_over_while_another_does() -> None:
+    records = (model(), instance("a"), instance("b"), copy("m", "a"), copy("m", "b"))
+    assert explained("m", *records, avoid="a", b=9).instance_id == "b"
+    assert explained("m", *records, avoid="ab", b=9).instance_id == "a"
+
+
+def test_a_copy_that_is_about_to_leave_answers_while_no_other_does() -> None:
+    found = explained("m", model(), instance("a", DRAINING), instance("b"), copy("m", "a"))
+    assert (found.outcome, found.instance_id) == ("hit", "a")
 
 
 def test_an_unknown_name_is_an_answer() -> None:

@@ -168,6 +168,33 @@ def test_our_annotations() -> None:
     assert found.labels == {"team": "fraud"}
 
 
+@pytest.mark.parametrize(
+    ("annotations", "fields"),
+    [
+        pytest.param({}, (None, (), ()), id="none: the policy's"),
+        pytest.param({"idle-unload-after": "10m"}, (600_000, (), ()), id="idle for ten minutes"),
+        pytest.param({"idle-unload-after": "0"}, (0, (), ()), id="never"),
+        pytest.param({"idle-unload-after": "0s"}, (0, (), ()), id="never, as a duration"),
+        pytest.param({"required-labels": "gpu"}, (None, ("gpu",), ()), id="one required label"),
+        pytest.param(
+            {"required-labels": "gpu, big,gpu", "preferred-labels": "zone/a"},
+            (None, ("gpu", "big"), ("zone/a",)),
+            id="several, each once, blanks aside",
+        ),
+        pytest.param({"preferred-labels": " "}, (None, (), ()), id="an empty list is none"),
+    ],
+)
+def test_where_a_model_may_be_and_how_long_it_stays_unused(
+    annotations: dict[str, str], fields: tuple[int | None, tuple[str, ...], tuple[str, ...]]
+) -> None:
+    plain = applied(isvc()).model
+    found = applied(isvc(annotations={f"mesh.serving/{k}": v for k, v in annotations.items()}))
+    model = found.model
+    assert (model.idle_unload_ms, model.required_labels, model.preferred_labels) == fields
+    assert model.model_id == plain.model_id  # nothing is loaded anew for it
+    assert found.warnings == ()
+
+
 def test_kserves_annotations_for_the_uri_form() -> None:
     found = applied(
         isvc(

@@ -157,6 +157,36 @@ def annotated(name: str, value: object) -> dict[str, Any]:
             "'90'",
         ),
         (
+            annotated("mesh.serving/idle-unload-after", "10"),
+            "metadata.annotations[mesh.serving/idle-unload-after]",
+            "a duration such as 90s",
+            "'10'",
+        ),
+        (
+            annotated("mesh.serving/required-labels", "gpu,,big"),
+            "metadata.annotations[mesh.serving/required-labels]",
+            "labels of instances, separated by commas, such as gpu,large-memory",
+            "'gpu,,big'",
+        ),
+        (
+            annotated("mesh.serving/preferred-labels", "very fast"),
+            "metadata.annotations[mesh.serving/preferred-labels]",
+            "separated by commas",
+            "'very fast'",
+        ),
+        (
+            annotated("mesh.serving/required-labels", ",".join(f"l{n}" for n in range(17))),
+            "metadata.annotations[mesh.serving/required-labels]",
+            "at most 16 labels",
+            "l16",
+        ),
+        (
+            annotated("mesh.serving/required-labels", ["gpu"]),
+            "metadata.annotations[mesh.serving/required-labels]",
+            "a string",
+            "a list of 1",
+        ),
+        (
             annotated("mesh.serving/load-timeout", "0s"),
             "metadata.annotations[mesh.serving/load-timeout]",
             "more than nothing",

@@ -95,6 +95,18 @@ async def test_what_the_mesh_has_learnt_of_a_model_stays(desk: Desk) -> None:
     assert (model.size_bytes_measured, model.min_copies) == (77, 3)
 
 
+async def test_where_a_model_may_be_changes_without_loading_it_anew(desk: Desk) -> None:
+    await desk.catalog.apply(applied("iris", "iris-1", "1"))
+    changed = {
+        "idle_unload_ms": 5_000,
+        "required_labels": ("gpu",),
+        "preferred_labels": ("big",),
+    }
+    await desk.catalog.apply(applied("iris", "iris-1", "2", **changed))
+    model = desk.stored("models/iris-1")
+    assert {name: getattr(model, name) for name in changed} == changed
+
+
 async def test_an_alias_of_another_owner_is_not_taken(desk: Desk) -> None:
     desk.write(VModelRecord("iris", "x", "x", owner="ksp"))
     with pytest.raises(AlreadyExists, match="'ksp'"):
