@@ -49,11 +49,18 @@ class Listener:
         name = self._sock.getsockname()
         return int(name[1]) if isinstance(name, tuple) else 0
 
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_PER_TURN):
+    @property
+    def connecting(self) -> int:
+        """Connections that were accepted and are not up yet (TLS)."""
+        return len(self._tasks)
+
+    def _accept(self, most: int = _ACCEPTS_PER_TURN) -> None:
+        for _ in range(most):
             try:
                 accepted, _address = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            except ConnectionAbortedError:  # this one went away while it waited
+                continue
+            except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
                 log.warning("cannot accept connections: %s; trying again shortly", error)
@@ -83,15 +90,22 @@ class Listener:
             accepted.close()
 
     def close(self) -> None:
-        """Take what waits in the backlog, which closing would reset, and listen no more."""
+        """Take all that waits in the backlog, which closing would reset, and listen no more.
+
+        A connection that comes between the last accept and the close is still reset: some
+        microseconds, unless the machine's ``net.ipv4.tcp_migrate_req`` hands it to another process
+        that listens on the same port.
+        """
         if self.closed:
             return
         self.closed = True
         if self._resume is not None:
             self._resume.cancel()
         else:
-            self._accept()
             self._loop.remove_reader(self._sock)
+        self._accept(_BACKLOG + 1)
+        if self._resume is not None:
+            self._resume.cancel()
         self._sock.close()
 
 

@@ -130,8 +130,9 @@ class Server:
         begun = loop.time()
         until = begun + timeout_s
         # Calls that crossed our GOAWAY have come when the client has answered the PING behind it.
+        # Connections that waited in the backlog have come up and have been told as well.
         while (self.inflight and loop.time() < until) or (
-            self._crossing and loop.time() < min(until, begun + _CROSSING_S)
+            (self._crossing or self._connecting) and loop.time() < min(until, begun + _CROSSING_S)
         ):
             self._idle = asyncio.Event()
             try:
@@ -142,6 +143,10 @@ class Server:
         if self.inflight:
             log.warning("drain: %d calls did not end in %g s", self.inflight, timeout_s)
         await self.close()
+
+    @property
+    def _connecting(self) -> bool:
+        return any(listener.connecting for listener in self._listeners)
 
     @property
     def _crossing(self) -> bool:

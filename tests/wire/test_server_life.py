@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -140,6 +141,31 @@ async def test_drain_does_not_wait_for_ever_for_a_client_that_answers_no_ping(ec
     await echo.server.drain(0.2)
     await asyncio.wait_for(reader.read(), WAIT_S)
     writer.close()
+
+
+async def test_whoever_waits_in_the_backlog_at_a_drain_is_served(echo: Echo) -> None:
+    """Closing a listener resets what waits in its backlog, however much that is."""
+    port = await echo.server.start()
+    path = hpack.encode([(n, ECHO.encode() if n == b":path" else v) for n, v in REQUEST])
+    asked = frames.PREFACE + frames.settings({}) + headers(1, path)
+    asked += data(1, messages.prefix(b"waited") + b"waited", end=True)
+    waiting = []
+    for _ in range(600):  # the loop does not turn meanwhile: nobody accepts
+        sock = socket.create_connection(("127.0.0.1", port), WAIT_S)
+        sock.sendall(asked + frames.ping(b"mesh-bye", ack=True))
+        waiting.append(sock)
+    assert not echo.server.connections
+    await echo.server.drain(WAIT_S)
+    for sock in waiting:
+        with sock:
+            assert b"waited" in await asyncio.to_thread(_read_all, sock)
+
+
+def _read_all(sock: socket.socket) -> bytes:
+    found = b""
+    while piece := sock.recv(1 << 16):
+        found += piece
+    return found
 
 
 async def test_no_call_of_grpcio_is_lost_in_a_drain(echo: Echo) -> None:
