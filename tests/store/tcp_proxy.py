@@ -9,11 +9,13 @@ from typing import Self
 
 
 class TcpProxy:
-    """Forwards to ``host:port``. ``cut`` drops every connection and refuses new ones."""
+    """Forwards to ``host:port``. ``cut`` drops every connection and refuses new ones; with
+    ``delay_s`` all that comes waits so long."""
 
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+    def __init__(self, target: str, listen: str = "127.0.0.1:0") -> None:
+        self._target = _split(target)
+        self._listen = _split(listen)
+        self.delay_s = 0.0
         self._open = True
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -22,7 +24,7 @@ class TcpProxy:
     @property
     def endpoint(self) -> str:
         assert self._server is not None
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return f"{self._listen[0]}:{self._server.sockets[0].getsockname()[1]}"
 
     def cut(self) -> None:
         self._open = False
@@ -33,7 +35,7 @@ class TcpProxy:
         self._open = True
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, *self._listen)
         return self
 
     async def __aexit__(
@@ -62,15 +64,21 @@ class TcpProxy:
             pair = {writer, far_writer}
             self._writers |= pair
             try:
-                await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+                await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
             finally:
                 self._writers -= pair
                 for each in pair:
                     each.transport.abort()
 
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            if self.delay_s:
+                await asyncio.sleep(self.delay_s)
+            writer.write(data)
+            await writer.drain()
+        raise ConnectionResetError
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65_536):
-        writer.write(data)
-        await writer.drain()
-    raise ConnectionResetError
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
