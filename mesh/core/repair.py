@@ -27,7 +27,8 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-from mesh.core.placement import Placement, place, predict_size_bytes
+from mesh.core.demand import predict_size_bytes
+from mesh.core.placement import Placement, place
 from mesh.core.policy import Policy
 from mesh.core.types import CopyRecord, CopyState, LoadPriority, ModelRecord
 from mesh.core.view import ClusterView

@@ -28,18 +28,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import ceil
-from typing import Final
+from typing import Final, Literal
 
-from mesh.core.placement import (
+from mesh.core.demand import (
     ASKED_ALREADY,
     EXCLUDED,
     FAILED_HERE,
     HAS_COPY,
-    NoPlacement,
-    Placement,
-    candidates,
-    place,
+    demand_of,
+    refusal,
 )
+from mesh.core.placement import NoPlacement, Placement, place
 from mesh.core.policy import Policy
 from mesh.core.types import CopyRecord, CopyState, ModelRecord
 from mesh.core.view import ClusterView
@@ -135,9 +134,9 @@ def scale(
     if len(copies) > len(loaded) or view.pending_of(model.model_id):
         return Keep("load_under_way")
     changed_at_ms = max(use.changed_at_ms, *(copy.loaded_at_ms for copy in loaded))
-    demand = _demand(use, len(loaded), policy)
-    if demand is not None:
-        return _more(view, model, len(loaded), demand, now_ms - changed_at_ms, now_ms, policy)
+    excess = _excess(use, len(loaded), policy)
+    if excess is not None:
+        return _more(view, model, len(loaded), excess, now_ms - changed_at_ms, now_ms, policy)
     if len(loaded) == 1:
         return _second(view, model, use, now_ms - changed_at_ms, now_ms, policy)
     return _fewer(view, model, loaded, instance_id, use, now_ms - changed_at_ms, now_ms, policy)
@@ -170,17 +169,37 @@ def in_regular_use(use: CopyUse, now_ms: int, policy: Policy) -> bool:
     return any(least <= now_ms - at_ms <= most for at_ms in use.noted_uses)
 
 
-def over_threshold(use: CopyUse, policy: Policy) -> bool:
-    """Whether one copy has more to do than it should."""
-    return _demand(use, 1, policy) is not None
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The mesh's memory in one glance: ``rested`` tells that some instance would evict what nobody
+    has used for ``Policy.second_copy_lru_age_ms``."""
+
+    free_share: float
+    rested: bool
 
 
-def could_go_down(use: CopyUse, copies: int, now_ms: int, policy: Policy) -> bool:
-    """Whether a look at the copies may end in a scale-down: known without reading them."""
-    if copies > 2:
-        return _carried_by_others(use, copies, policy)
-    shortest_ms = min(policy.second_copy_idle_ms, policy.second_copy_idle_short_ms)
-    return copies == 2 and now_ms - use.last_used_at_ms >= shortest_ms
+def memory_of(view: ClusterView, now_ms: int, policy: Policy) -> Memory:
+    """Walks the instances: once for a look at many models."""
+    since_ms = now_ms - policy.second_copy_lru_age_ms
+    rested = any(s.ready and 0 < s.record.lru_at_ms <= since_ms for s in view.instances.values())
+    return Memory(free_share(view), rested)
+
+
+def worth_reading(
+    use: CopyUse, copies: int, memory: Memory, *, now_ms: int, policy: Policy
+) -> Literal["hot", "regular", "fewer", ""]:
+    """Why ``scale`` may come to something when there are ``copies``, or "": known without reading
+    the model's copies from the store, so that nearly none have to be read."""
+    if _excess(use, 1, policy) is not None:
+        return "hot"
+    if copies == 1 and in_regular_use(use, now_ms, policy):
+        spare = memory.rested or memory.free_share >= policy.second_copy_free_share
+        return "regular" if spare else ""
+    if copies > 2 and _carried_by_others(use, copies, policy):
+        return "fewer"
+    if copies == 2 and _idle_reason(now_ms - use.last_used_at_ms, memory.free_share, policy):
+        return "fewer"
+    return ""
 
 
 def free_share(view: ClusterView) -> float:
@@ -197,13 +216,13 @@ def free_share(view: ClusterView) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Demand:
+class _Excess:
     reason: str
     copies: int  # that the load takes
     detail: str
 
 
-def _demand(use: CopyUse, copies: int, policy: Policy) -> _Demand | None:
+def _excess(use: CopyUse, copies: int, policy: Policy) -> _Excess | None:
     """None when this copy's load is within the thresholds."""
     rate_max = policy.scale_up_requests_per_minute
     most = max(policy.scale_up_concurrency_share * use.max_concurrency, 1e-6)
@@ -213,31 +232,31 @@ def _demand(use: CopyUse, copies: int, policy: Policy) -> _Demand | None:
         return None
     if by_rate >= by_slots:
         told = f"{use.requests_per_minute:.0f} requests a minute on one copy, {rate_max} are enough"
-        return _Demand("rate", by_rate, told)
+        return _Excess("rate", by_rate, told)
     told = (
         f"{use.occupied:.1f} requests at once on one copy, {use.max_concurrency} is its limit, "
         f"{use.latency_ms:.0f} ms each"
     )
     waiting = use.in_flight > use.max_concurrency
-    return _Demand("queue" if waiting else "concurrency", by_slots, told)
+    return _Excess("queue" if waiting else "concurrency", by_slots, told)
 
 
 def _more(
     view: ClusterView,
     model: ModelRecord,
     copies: int,
-    demand: _Demand,
+    excess: _Excess,
     changed_ms_ago: int,
     now_ms: int,
     policy: Policy,
 ) -> ScaleUp | Keep:
     """At most twice as many: the demand is a guess from one copy, and grows while it is met."""
     if changed_ms_ago < policy.scale_up_cooldown_ms:
-        return Keep("cooldown", demand.detail)
-    seen = candidates(view, model, now_ms=now_ms, policy=policy)
-    able = sum(1 for candidate in seen if candidate.refusal in _ABLE)
+        return Keep("cooldown", excess.detail)
+    asks = demand_of(view, model, now_ms=now_ms, policy=policy)
+    able = sum(refusal(slot, asks) in _ABLE for slot in view.instances.values())
     most = max(2, int(able * policy.copies_max_share))
-    wanted = min(demand.copies - copies, copies, policy.scale_up_copies_max)
+    wanted = min(excess.copies - copies, copies, policy.scale_up_copies_max)
     if copies >= most:
         return Keep("copies_share", f"{copies} copies, {able} instances can hold it")
     chosen: list[Placement] = []
@@ -249,8 +268,8 @@ def _more(
                 return Keep(placed.reason, placed.detail)
             break
         chosen.append(placed)
-    detail = f"{demand.detail}; {copies} copies"
-    return ScaleUp(chosen[0], demand.reason, detail, tuple(chosen[1:]))
+    detail = f"{excess.detail}; {copies} copies"
+    return ScaleUp(chosen[0], excess.reason, detail, tuple(chosen[1:]))
 
 
 def _second(
@@ -310,16 +329,12 @@ def _fewer(
             return Keep("enough")
         reason = "low_rate"
         detail = f"{use.requests_per_minute:.0f} requests a minute on each of {copies} copies"
-    elif idle_ms >= policy.second_copy_idle_ms:
-        reason, detail = "idle", f"unused for {idle_ms} ms"
-    elif (
-        idle_ms >= policy.second_copy_idle_short_ms
-        and (share := free_share(view)) < policy.scale_down_free_share
-    ):
-        reason = "idle_memory_short"
-        detail = f"unused for {idle_ms} ms; {share:.0%} of the mesh is free"
     else:
-        return Keep("enough")
+        share = free_share(view)
+        reason = _idle_reason(idle_ms, share, policy)
+        detail = f"unused for {idle_ms} ms; {share:.0%} of the mesh is free"
+        if not reason:
+            return Keep("enough")
     if changed_ms_ago < policy.scale_down_cooldown_ms:
         return Keep("cooldown", detail)
     if copies - 1 < model.min_copies:
@@ -328,6 +343,14 @@ def _fewer(
     if not others:
         return Keep("pinned")
     return ScaleDown(_to_go(view, loaded, others), reason, detail)
+
+
+def _idle_reason(idle_ms: int, share: float, policy: Policy) -> str:
+    """Why a second copy that rests for so long goes, or ""."""
+    if idle_ms >= policy.second_copy_idle_ms:
+        return "idle"
+    short = share < policy.scale_down_free_share
+    return "idle_memory_short" if short and idle_ms >= policy.second_copy_idle_short_ms else ""
 
 
 def _to_go(view: ClusterView, loaded: list[CopyRecord], others: list[CopyRecord]) -> str:
