@@ -6,6 +6,7 @@ with FailedPrecondition that names the file.
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,14 @@ import orjson
 from aiohttp import web
 
 from mesh.core.errors import FailedPrecondition
+from mesh.wire.listener import Listener, bind_tcp
 from router.readiness import State
 from router.settings import TlsFiles
 
 HTTP2: Final = "h2"
 HTTP1: Final = "http/1.1"
+_TLS_S: Final = 10.0
+_LATE_S: Final = 0.1
 
 
 def tls_context(files: TlsFiles, protocol: str) -> ssl.SSLContext:
@@ -50,6 +54,7 @@ class HttpListener:
     """One aiohttp application on one port."""
 
     def __init__(self, application: web.Application, *, drain_timeout_s: float) -> None:
+        application.on_response_prepare.append(self._tell)
         # A client that goes away cancels its handler, and with it what the mesh does for it.
         self._runner = web.AppRunner(
             application,
@@ -57,6 +62,8 @@ class HttpListener:
             handler_cancellation=True,
             shutdown_timeout=drain_timeout_s,
         )
+        self._listeners: list[Listener] = []
+        self._leaving = False
 
     async def start(
         self,
@@ -68,20 +75,37 @@ class HttpListener:
     ) -> int:
         """Listen; returns the port. Raises OSError when the address is taken."""
         await self._runner.setup()
-        site = web.TCPSite(
-            self._runner,
-            host,
-            port,
-            reuse_port=reuse_port or None,
-            ssl_context=ssl_context,
-            backlog=4_096,
-        )
-        await site.start()
-        bound: int = self._runner.addresses[0][1]
-        return bound
+        assert self._runner.server is not None
+        for sock in await bind_tcp(host, port, reuse_port=reuse_port):
+            self._listeners.append(
+                Listener(
+                    sock,
+                    self._runner.server,
+                    ssl_context=ssl_context,
+                    ssl_handshake_timeout_s=_TLS_S,
+                )
+            )
+        return self._listeners[-1].port
+
+    def leave(self) -> None:
+        """From now on each answer is the last one of its connection: clients with a pool of
+        connections make their next one elsewhere, before these are closed."""
+        self._leaving = True
+
+    async def _tell(self, request: web.Request, response: web.StreamResponse) -> None:
+        if self._leaving:
+            response.force_close()
+            response.headers["Connection"] = "close"
 
     async def drain(self) -> None:
-        """Stop accepting, wait for the requests in flight, then close."""
+        """Stop accepting, answer what came meanwhile and what is in flight, then close."""
+        self.leave()
+        if self._listeners:
+            for listener in self._listeners:
+                listener.close()
+            # Requests behind connections that waited in the backlog are read in this time.
+            await asyncio.sleep(_LATE_S)
+            self._listeners.clear()
         await self._runner.cleanup()
 
 

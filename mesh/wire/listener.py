@@ -27,7 +27,7 @@ class Listener:
     def __init__(
         self,
         sock: socket.socket,
-        factory: Callable[[], asyncio.BufferedProtocol],
+        factory: Callable[[], asyncio.BaseProtocol],
         *,
         ssl_context: ssl.SSLContext | None = None,
         ssl_handshake_timeout_s: float | None = None,
