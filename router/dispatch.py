@@ -1,125 +1,64 @@
-"""Which copy answers a call: the hot table, and what happens when an attempt fails.
+"""Which copy answers a call, and what happens when an attempt fails.
 
 ``Dispatcher`` is called by the relay in the event loop, synchronously, up to tens of thousands of
-times a second, so the hit path is one look-up, one comparison and one ``forward``. The table is
-filled on first use and never told of changes: each entry remembers the view's ``routes_epoch`` and
-is checked again when that has moved on; only what really changed is rebuilt.
+times a second, so the hit path is one look-up in the hot table (``router.routes``), one comparison
+and one ``forward``. It decides by the view alone and never waits for the store. Everything slow is
+elsewhere: loads in ``router.loads``, names that the view does not know in ``router.names``.
 
-It decides by the view alone and never waits for the store. Everything slow is elsewhere: loads in
-``router.loads``, names that the view does not know in ``router.names``.
+A call whose attempt failed goes to another copy; without one its model is loaded elsewhere; and
+while the only copy is on an instance that does not answer, it waits for that or for a load,
+whichever comes first (``router.waiting_room``). Waiting is bounded by the call's deadline, or by
+load time-out plus queue time-out; what is bounded by ``hops_max`` is only how often a call is
+delivered in vain. What was delivered and is sent again is charged to the retry budget.
 
 It fails a call with NOT_FOUND (no such model), RESOURCE_EXHAUSTED (copies or queues are full),
-UNAVAILABLE (``hops_max`` attempts are used up), or with the cause of a load that failed. An
-exception of its own would be a defect: the relay's loop does not expect one.
+UNAVAILABLE (``hops_max`` attempts or the retry budget are used up, or it waited too long), or with
+the cause of a load that failed. An exception of its own would be a defect: the relay's loop does
+not expect one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable
 from time import monotonic
-from typing import Final, TypeVar
+from typing import Final
 
-from mesh.core import routing
-from mesh.core.errors import InvalidArgument, MeshError, ResourceExhausted, Unavailable
+from mesh.core.errors import Code, InvalidArgument, MeshError, ResourceExhausted, Unavailable
 from mesh.core.policy import Policy
-from mesh.core.view import ClusterView, Resolved
+from mesh.core.retry_budget import RetryBudget
+from mesh.core.view import ClusterView
+from mesh.decision_log import DecisionLog
 from mesh.metrics import RouterMetrics
-from mesh.wire.hpack import encode_literal
 from mesh.wire.relay import Failure, Upstream
 from router.calls import Call
-from router.loads import Loads, Waiter
+from router.journey import Journey
+from router.loads import Loads
 from router.names import NameLookup
 from router.peers import Peers
+from router.routes import CopyRoute, RouteEntry, RouteTable, pick
+from router.waiting_room import WaitingRoom
 
 # When all copies are busy a slot comes free within a model's run time: milliseconds to seconds.
 OVERLOAD_RETRY_MS: Final = 100
 # An attempt that found nothing alive may well find something once the view has caught up.
 UNAVAILABLE_RETRY_MS: Final = 500
-# An instance that could not be connected to is passed over for so long where another copy answers:
-# its lease is not over yet, and with nothing in flight on it it would look like the best choice.
-SUSPECT_S: Final = 1.0
-# Names and copies that one call of ``prune`` looks at: about a millisecond.
-PRUNE_SLICE: Final = 2_000
 # One copy that is overloaded is bad luck, two are load: then the client has to slow down.
 MAX_OVERLOADS: Final = 2
+# A call that ended by its deadline says something of the instance only when it had so long.
+TELLING_S: Final = 1.0
+# One give-up of a kind is noted in so long: a thousand calls may fail for the same reason.
+NOTE_S: Final = 0.1
+
+_IN_VAIN: Final = frozenset({Failure.LOST, Failure.SILENT, Failure.REFUSED})
+# The instance may have begun with it: sending it again is work done twice.
+_CHARGED: Final = frozenset({Failure.LOST, Failure.SILENT, Failure.OVERLOADED})
+_NO_ANSWER: Final = frozenset({Code.CANCELLED, Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE})
 
 
-_T = TypeVar("_T")
-
-
-class CopyRoute:
-    """One LOADED copy as this router sees it. ``inflight`` counts this router's calls on it."""
-
-    __slots__ = ("inflight", "instance_id", "model_id", "upstream", "used_s")
-
-    def __init__(self, model_id: str, instance_id: str, upstream: Upstream) -> None:
-        self.model_id = model_id
-        self.instance_id = instance_id
-        self.upstream = upstream
-        self.inflight = 0
-        self.used_s = 0.0  # ``time.monotonic`` of the last answer; 0.0: none yet
-
-    def __repr__(self) -> str:
-        return f"CopyRoute({self.model_id} on {self.instance_id}, inflight={self.inflight})"
-
-
-class ModelRoutes:
-    """The copies of a model that calls were sent to, and when one that is gone last answered."""
-
-    __slots__ = ("copies", "past_used_s")
-
-    def __init__(self) -> None:
-        self.copies: tuple[CopyRoute, ...] = ()
-        self.past_used_s = 0.0
-
-    def keep(self, copies: tuple[CopyRoute, ...]) -> None:
-        """Let go of the others, but for when they were used."""
-        self.past_used_s = self.used_s()
-        self.copies = copies
-
-    def used_s(self) -> float:
-        return max(self.past_used_s, *(copy.used_s for copy in self.copies), 0.0)
-
-
-class RouteEntry:
-    """What one name means now. Valid while ``epoch`` is the view's."""
-
-    __slots__ = ("copies", "epoch", "generation", "loaded_on", "model_id", "model_id_field")
-
-    def __init__(self, model_id: str) -> None:
-        self.model_id = model_id
-        self.model_id_field = encode_literal(b"mm-model-id", model_id.encode())
-        self.epoch = -1
-        self.generation = -1  # of the upstreams and the suspicions behind ``copies``
-        self.loaded_on: tuple[str, ...] = ()
-        self.copies: tuple[CopyRoute, ...] = ()
-
-
-class Journey:
-    """A call that was not one plain hit: what it tried, and what it waits for."""
-
-    __slots__ = (
-        "copy",
-        "excluded",
-        "misses",
-        "model_id",
-        "over",
-        "overloads",
-        "unreachable",
-        "waiter",
-    )
-
-    def __init__(self) -> None:
-        self.model_id = ""
-        self.copy: CopyRoute | None = None
-        self.excluded: set[str] = set()  # not to be sent there again
-        self.unreachable: set[str] = set()  # nor to be asked to load
-        self.overloads = 0
-        self.misses = 0
-        self.waiter: Waiter | None = None
-        self.over = False  # the client went away, or the deadline passed, while we were waiting
+def wall_clock_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def copy_of(call: Call) -> CopyRoute:
@@ -128,29 +67,6 @@ def copy_of(call: Call) -> CopyRoute:
     copy = context if type(context) is CopyRoute else context.copy
     assert copy is not None  # only asked between ``forward`` and the end of that attempt
     return copy
-
-
-def pick(copies: Sequence[CopyRoute], draw: float) -> CopyRoute:
-    """The copy with fewest calls in flight: ``mesh.core.routing`` without its record.
-
-    Two copies are the common case and are compared in place; a test holds it to the core's choice.
-    """
-    if len(copies) == 2:
-        one, other = copies
-        if one.inflight != other.inflight:
-            return one if one.inflight < other.inflight else other
-        return one if draw < 0.5 else other
-    inflight = {copy.instance_id: copy.inflight for copy in copies}
-    chosen = routing.route(tuple(inflight), inflight, draw=draw)
-    assert chosen is not None  # never called without copies
-    return next(copy for copy in copies if copy.instance_id == chosen.instance_id)
-
-
-def _take(items: list[_T], count: int) -> list[_T]:
-    """Remove and return up to ``count`` items from the end."""
-    taken = items[-count:]
-    del items[-count:]
-    return taken
 
 
 class Dispatcher:
@@ -166,6 +82,8 @@ class Dispatcher:
         *,
         policy: Policy,
         draw: Callable[[], float],
+        decisions: DecisionLog | None = None,
+        now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._view = view
         self._peers = peers
@@ -174,30 +92,42 @@ class Dispatcher:
         self._metrics = metrics
         self._policy = policy
         self._draw = draw
-        self._routes: dict[str, RouteEntry] = {}
-        self._models: dict[str, ModelRoutes] = {}
-        self._copy_count = 0  # in all of them
-        self._suspects: set[str] = set()  # instances
-        self._suspicions = 0  # grows when ``_suspects`` changes
-        self._unpruned_names: list[str] = []
-        self._unpruned_models: list[str] = []
+        self._decisions = decisions
+        self._table = RouteTable(view, peers, policy=policy, now_ms=now_ms)
+        self._entries = self._table.entries
+        self._standings = peers.outliers.standings
+        self._budget = RetryBudget(policy, _steady_ms())
+        self._room = WaitingRoom(view, policy, self._resume)
+        self._noted_s: dict[str, float] = {}
         self._hits = 0  # moved into the metrics when they are read, not by every request
+        self._hits_told = 0
+        self._others = 0  # calls that were no plain hits
         self._inflight = 0
+        peers.on_watch = self._watched
+        peers.on_back = self._back
+
+    def use_policy(self, policy: Policy) -> None:
+        self._policy = policy
+        self._table.use_policy(policy)
+        self._budget.use_policy(policy)
+        self._room.use_policy(policy)
 
     # ---- called by the relay ----------------------------------------------------------------
 
     def route(self, call: Call) -> None:
         """The name is known: forward, wait for a load, or fail."""
         self._inflight += 1
-        entry = self._routes.get(call.model_name)
+        entry = self._entries.get(call.model_name)
         if entry is None or entry.epoch != self._view.routes_epoch:
-            entry = self._refresh(call.model_name)
+            entry = self._table.refresh(call.model_name)
             if entry is None:
                 self._unknown(call)
                 return
+            if entry.probes and self._probe(call, entry):
+                return
         copies = entry.copies
         if not copies:
-            self._miss(call, self._journey(call), entry)
+            self._miss(self._journey(call), entry)
             return
         copy = copies[0] if len(copies) == 1 else pick(copies, self._draw())
         copy.inflight += 1
@@ -222,12 +152,19 @@ class Dispatcher:
         else:
             journey.unreachable.add(copy.instance_id)
             if failure is Failure.CONNECT:
-                self._suspect(copy.instance_id)
-        if call.attempts >= self._policy.hops_max:
-            self._fail(call, "hops_exhausted", self._gave_up(call, copy, failure))
-            return
-        self._metrics.counter("retries", failure.value)
-        self._again(call, journey)
+                self._peers.connect_failed(copy.instance_id)
+            elif failure in _IN_VAIN:
+                journey.failures += 1
+                if failure is not Failure.SILENT:  # that has been noticed already
+                    self._peers.attempt_failed(copy.instance_id)
+        if journey.failures >= self._policy.hops_max:
+            self._fail(call, "hops_exhausted", self._gave_up(journey, copy, failure))
+        elif failure in _CHARGED and not self._budget.take(self._requests, _steady_ms()):
+            self._metrics.counter("retries_refused")
+            self._fail(call, "retry_budget", self._no_budget(journey, copy, failure))
+        else:
+            self._metrics.counter("retries", failure.value)
+            self._again(journey)
 
     def done(self, call: Call, code: int, now_s: float) -> None:
         """The call is over, whatever came of it."""
@@ -236,11 +173,14 @@ class Dispatcher:
         if type(context) is CopyRoute:
             context.inflight -= 1
             context.used_s = now_s
+            context.uses += 1
             model_id = context.model_id
+            if code or self._standings:
+                self._note_end(context, code, now_s - call.started_s)
         elif context is None:
             model_id = ""
         else:
-            model_id = self._end(context, now_s)
+            model_id = self._end(context, code, now_s)
         call.context = None
         self._metrics.request_done(
             call.head.path,
@@ -259,112 +199,75 @@ class Dispatcher:
         """Calls of clients that have not ended."""
         return self._inflight
 
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for an instance to answer again (not those that wait for a load)."""
+        return len(self._room)
+
+    @property
+    def retries_left(self) -> int:
+        """What the retry budget allows now."""
+        return self._budget.left(self._requests, _steady_ms())
+
     def inflight_on(self, model_id: str, instance_id: str) -> int:
-        routes = self._models.get(model_id)
-        copies = routes.copies if routes is not None else ()
-        return next((copy.inflight for copy in copies if copy.instance_id == instance_id), 0)
+        return self._table.inflight_on(model_id, instance_id)
 
     def last_used_s(self, model_id: str) -> float:
         """When this router last had an answer of the model, also of a copy that is gone; 0.0: not
         known."""
-        routes = self._models.get(model_id)
-        return routes.used_s() if routes is not None else 0.0
+        return self._table.last_used_s(model_id)
+
+    def use_score(self, model_id: str) -> float:
+        """How much the model was used through this router (``mesh.core.usage``)."""
+        return self._table.use_score(model_id)
 
     def table_size(self) -> tuple[int, int]:
         """(names, copies) in the hot table."""
-        return len(self._routes), self._copy_count
+        return self._table.size()
 
     def publish_counters(self) -> None:
         """Move what the hit path counted into the metrics; called before they are rendered."""
-        self._metrics.add("hits", self._hits)
-        self._hits = 0
+        self._metrics.add("hits", self._hits - self._hits_told)
+        self._hits_told = self._hits
 
     def prune(self) -> None:
-        """Look at the next ``PRUNE_SLICE`` names and models and forget those that are gone, and
-        copies that are.
+        """Forget what is gone, a slice at a time; to be called every few seconds."""
+        self._table.prune()
 
-        The table would otherwise only grow. In slices, because a walk over a hundred thousand
-        names is a pause of tens of milliseconds. A copy that comes back is counted anew.
-        """
-        view = self._view
-        if not self._unpruned_names:
-            self._unpruned_names = list(self._routes)
-        if not self._unpruned_models:
-            self._unpruned_models = list(self._models)
-        for name in _take(self._unpruned_names, PRUNE_SLICE):
-            entry = self._routes.get(name)
-            if entry is None:
-                continue
-            if name not in view.vmodels and name not in view.models:
-                del self._routes[name]
-            elif entry.loaded_on != view.loaded_on(entry.model_id):
-                # Nobody asks for it any more, or the next request would see to it.
-                entry.epoch, entry.copies, entry.loaded_on = -1, (), ()
-        for model_id in _take(self._unpruned_models, PRUNE_SLICE):
-            routes = self._models.get(model_id)
-            if routes is None:
-                continue
-            loaded_on = view.loaded_on(model_id)
-            left = tuple(c for c in routes.copies if c.inflight or c.instance_id in loaded_on)
-            if len(left) < len(routes.copies):
-                self._copy_count += len(left) - len(routes.copies)
-                routes.keep(left)
-            if not left and model_id not in view.models:
-                del self._models[model_id]
+    # ---- instances that do not answer --------------------------------------------------------
 
-    # ---- the table --------------------------------------------------------------------------
+    @property
+    def _requests(self) -> int:
+        return self._hits + self._others
 
-    def _refresh(self, name: str) -> RouteEntry | None:
-        """The entry for a name, checked against the view as it is now; None: unknown name."""
-        view = self._view
-        resolved = view.resolve(name)
-        if not isinstance(resolved, Resolved):
-            self._routes.pop(name, None)
-            return None
-        entry = self._routes.get(name)
-        if entry is None or entry.model_id != resolved.model_id:
-            entry = self._routes[name] = RouteEntry(resolved.model_id)
-        loaded_on = view.loaded_on(resolved.model_id)
-        generation = self._peers.generation + self._suspicions
-        if loaded_on != entry.loaded_on or entry.generation != generation:
-            entry.loaded_on = loaded_on
-            entry.generation = generation
-            trusted = [i for i in loaded_on if i not in self._suspects] or loaded_on
-            entry.copies = self._copies(resolved.model_id, trusted)
-        entry.epoch = view.routes_epoch
-        return entry
+    def _note_end(self, copy: CopyRoute, code: int, took_s: float) -> None:
+        """What the end of a call tells of the instance."""
+        if code not in _NO_ANSWER:
+            self._peers.answered(copy.instance_id)
+        elif code == Code.DEADLINE_EXCEEDED and took_s >= TELLING_S:
+            self._peers.attempt_failed(copy.instance_id)
 
-    def _copies(self, model_id: str, instance_ids: Iterable[str]) -> tuple[CopyRoute, ...]:
-        """Shared by all names of a model, so that in-flight counts are the copy's."""
-        routes = self._models.get(model_id)
-        if routes is None:
-            routes = self._models[model_id] = ModelRoutes()
-        known = {copy.instance_id: copy for copy in routes.copies}
-        wanted: list[CopyRoute] = []
-        for instance_id in instance_ids:
-            upstream = self._peers.upstream(instance_id)
-            copy = known.get(instance_id)
-            if copy is None or copy.upstream is not upstream:
-                copy = known[instance_id] = CopyRoute(model_id, instance_id, upstream)
-            wanted.append(copy)
-        self._copy_count += len(known) - len(routes.copies)
-        routes.keep(tuple(known.values()))
-        return tuple(wanted)
+    def _probe(self, call: Call, entry: RouteEntry) -> bool:
+        """Whether this call goes to an instance that was passed over, to see if it answers."""
+        now_ms = _steady_ms()
+        for copy in entry.probes:
+            if self._peers.outliers.wants_probe(copy.instance_id, now_ms):
+                self._peers.outliers.probe_sent(copy.instance_id, now_ms)
+                copy.inflight += 1
+                self._hits += 1
+                call.context = copy
+                call.forward(copy.upstream, entry.model_id_field)
+                return True
+        return False
 
-    def _suspect(self, instance_id: str) -> None:
-        """Pass an instance over for a moment."""
-        if instance_id not in self._suspects:
-            self._suspects.add(instance_id)
-            self._suspicion_changed()
-            asyncio.get_running_loop().call_later(SUSPECT_S, self._trust, instance_id)
+    def _watched(self, now_s: float) -> None:
+        """Behind each look at the connections."""
+        self._budget.note(self._requests, int(now_s * 1_000))
+        self._room.look(now_s)
 
-    def _trust(self, instance_id: str) -> None:
-        self._suspects.discard(instance_id)
-        self._suspicion_changed()
-
-    def _suspicion_changed(self) -> None:
-        self._suspicions += 1
-        self._view.routes_epoch += 1  # so that every entry is looked at again
+    def _back(self, instance_id: str) -> None:
+        """An instance answers again: those that wait for it need not wait for a load."""
+        self._room.wake(instance_id)
 
     # ---- everything that is not a plain hit -------------------------------------------------
 
@@ -372,16 +275,19 @@ class Dispatcher:
         context = call.context
         if type(context) is Journey:
             return context
-        journey = Journey()
+        journey = Journey(call)
         if type(context) is CopyRoute:
             journey.copy = context
             journey.model_id = context.model_id
+        else:
+            self._others += 1
         call.context = journey
         return journey
 
-    def _again(self, call: Call, journey: Journey) -> None:
+    def _again(self, journey: Journey) -> None:
         """Route a call that has a past."""
-        entry = self._refresh(call.model_name)
+        call = journey.call
+        entry = self._table.refresh(call.model_name)
         if entry is None:
             self._unknown(call)
             return
@@ -403,45 +309,72 @@ class Dispatcher:
             journey.copy = copy
             call.forward(copy.upstream, entry.model_id_field)
         else:
-            self._miss(call, journey, entry)
+            self._miss(journey, entry)
 
-    def _miss(self, call: Call, journey: Journey, entry: RouteEntry) -> None:
+    def _miss(self, journey: Journey, entry: RouteEntry) -> None:
         """No copy to go to: have one loaded, and wait for it."""
+        call = journey.call
         journey.model_id = entry.model_id
         journey.misses += 1
-        if journey.misses > self._policy.hops_max:
-            error = Unavailable(
-                f"model {call.model_name!r} was loaded {self._policy.hops_max} times and was gone "
-                "again each time: the mesh is short of memory, try again later",
-                retry_after_ms=UNAVAILABLE_RETRY_MS,
-            )
-            self._fail(call, "hops_exhausted", error)
-            return
         if journey.misses == 1:
             self._metrics.counter("misses")
+        elif journey.misses > self._policy.hops_max and not journey.rested:
+            self._park(journey)  # loaded and gone again, several times: not as fast as it can
+            return
+        journey.rested = False
         since_s = monotonic()
 
         def ended(result: str | MeshError) -> None:
             journey.waiter = None
+            self._room.leave(journey)
             self._metrics.observe("cache_miss", (monotonic() - since_s) * 1_000.0)
             if isinstance(result, MeshError):
-                self._fail(call, "load_failed", result)
-                return
-            # A load that has just ended there counts more than an attempt that failed before.
-            journey.excluded.discard(result)
-            journey.unreachable.discard(result)
-            self._again(call, journey)
+                self._not_loaded(journey, result)
+            elif result in self._peers.outliers.down:
+                self._park(journey)
+            else:
+                # A load that has just ended there counts more than an attempt that failed before.
+                journey.excluded.discard(result)
+                journey.unreachable.discard(result)
+                self._again(journey)
 
+        down = self._peers.outliers.down.intersection(entry.loaded_on)
         try:
             journey.waiter = self._loads.wait(
                 entry.model_id,
                 ended,
                 has_deadline=call.deadline_s != math.inf,
-                exclude=journey.unreachable,
+                exclude=journey.unreachable | down,
             )
         except MeshError as error:
-            full = isinstance(error, ResourceExhausted)
-            self._fail(call, "queue_full" if full else "load_failed", error)
+            self._not_loaded(journey, error)
+        else:
+            self._room.enter(journey)
+
+    def _not_loaded(self, journey: Journey, error: MeshError) -> None:
+        """No load, and no other place: but an instance that is down may come back with its copy."""
+        loaded_on = self._view.loaded_on(journey.model_id)
+        full = isinstance(error, ResourceExhausted)
+        if not full and not self._peers.outliers.down.isdisjoint(loaded_on):
+            self._park(journey)
+        else:
+            self._fail(journey.call, "queue_full" if full else "load_failed", error)
+
+    def _resume(self, journey: Journey) -> None:
+        """Its wait is over, or need not go on. What stood in the way may be gone."""
+        if journey.waiter is not None:
+            self._loads.leave(journey.waiter)
+            journey.waiter = None
+        journey.excluded.clear()
+        journey.unreachable.clear()
+        journey.rested = True
+        self._again(journey)
+
+    def _park(self, journey: Journey) -> None:
+        """Wait until an instance is back, or a while."""
+        error = self._room.park(journey)
+        if error is not None:
+            self._fail(journey.call, "queue_full", error)
 
     def _unknown(self, call: Call) -> None:
         """A name that the view does not know: the store has the last word, within bounds."""
@@ -455,34 +388,64 @@ class Dispatcher:
         def known(error: MeshError | None) -> None:
             if journey.over:
                 return
-            if error is None and self._refresh(name) is not None:
-                self._again(call, journey)
+            if error is None and self._table.refresh(name) is not None:
+                self._again(journey)
             else:
                 self._fail(call, "unknown_model", error or self._names.not_found(name))
 
         self._names.look_up(name, known)
 
-    def _fail(self, call: Call, reason: str, error: MeshError) -> None:
-        self._metrics.counter("errors", reason)
-        call.fail(error)
-
-    def _gave_up(self, call: Call, copy: CopyRoute, failure: Failure) -> MeshError:
-        text = (
-            f"model {call.model_name!r}: {call.attempts} attempts failed, the last on instance "
-            f"{copy.instance_id!r} ({failure.value})"
-        )
-        if failure is Failure.OVERLOADED:
-            return ResourceExhausted(text, retry_after_ms=OVERLOAD_RETRY_MS)
-        return Unavailable(text, retry_after_ms=UNAVAILABLE_RETRY_MS)
-
-    def _end(self, journey: Journey, now_s: float) -> str:
+    def _end(self, journey: Journey, code: int, now_s: float) -> str:
         """Let go of what a call that is over still holds; returns its model's id."""
         journey.over = True
-        if journey.copy is not None:
-            journey.copy.inflight -= 1
-            journey.copy.used_s = now_s
+        copy = journey.copy
+        if copy is not None:
+            copy.inflight -= 1
+            copy.used_s = now_s
+            copy.uses += 1
             journey.copy = None
+            if self._standings and code not in _NO_ANSWER:
+                self._peers.answered(copy.instance_id)
+        self._room.leave(journey)
         if journey.waiter is not None:
             self._loads.leave(journey.waiter)
             journey.waiter = None
         return journey.model_id
+
+    # ---- failing ----------------------------------------------------------------------------
+
+    def _fail(self, call: Call, reason: str, error: MeshError) -> None:
+        self._metrics.counter("errors", reason)
+        call.fail(error)
+
+    def _gave_up(self, journey: Journey, copy: CopyRoute, failure: Failure) -> MeshError:
+        text = (
+            f"model {journey.call.model_name!r}: {journey.failures} attempts failed, the last on "
+            f"instance {copy.instance_id!r} ({failure.value})"
+        )
+        self._note_give_up("hops_exhausted", copy, text)
+        return Unavailable(text, retry_after_ms=UNAVAILABLE_RETRY_MS)
+
+    def _no_budget(self, journey: Journey, copy: CopyRoute, failure: Failure) -> MeshError:
+        text = (
+            f"model {journey.call.model_name!r} failed on instance {copy.instance_id!r} "
+            f"({failure.value}) and is not sent elsewhere: too many requests are being retried"
+        )
+        self._note_give_up("retry_budget", copy, text)
+        return Unavailable(text, retry_after_ms=UNAVAILABLE_RETRY_MS)
+
+    def _note_give_up(self, reason: str, copy: CopyRoute, detail: str) -> None:
+        now_s = monotonic()
+        if self._decisions is not None and now_s - self._noted_s.get(reason, 0.0) >= NOTE_S:
+            self._noted_s[reason] = now_s
+            self._decisions.note(
+                "give_up",
+                reason,
+                model_id=copy.model_id,
+                instance_id=copy.instance_id,
+                detail=detail,
+            )
+
+
+def _steady_ms() -> int:
+    return int(monotonic() * 1_000)

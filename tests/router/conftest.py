@@ -28,9 +28,11 @@ from mesh.core.types import (
     VModelRecord,
 )
 from mesh.core.view import ClusterView
+from mesh.decision_log import DecisionLog
 from mesh.metrics import RouterMetrics
 from mesh.store.memory import MemoryStore
 from mesh.wire.client import Reply, RpcError
+from mesh.wire.peer import NoConnection, Unconnected
 from protos import mesh_internal_pb2 as internal
 from router.dispatch import Dispatcher
 from router.loads import LOAD_PATH, UNLOAD_PATH, Loads
@@ -40,9 +42,30 @@ from router.peers import Peers
 NOW_MS = 1_700_000_000_000
 
 
-class FakeUpstream:
+class FakePeer:
+    """A way to an instance. ``silent_since_s`` and ``listens`` are the test's to set."""
+
     def __init__(self, address: str) -> None:
         self.address = address
+        self.silent_since_s = 0.0
+        self.heard_s = 1.0
+        self.troubled = False
+        self.listens = True
+        self.relieved = 0
+
+    def watch(self, now_s: float, patience: Any) -> None:
+        self.troubled = self.silent_since_s > 0
+
+    def relieve(self, now_s: float, patience: Any) -> None:
+        self.relieved += 1
+
+    def acquire(self, on_ready: Any) -> None:
+        on_ready(None if self.listens else NoConnection(Unconnected.FAILED, "refused"))
+
+
+class FakeUpstream(FakePeer):
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
         self.inflight = 0
         self.closed = False
 
@@ -120,6 +143,7 @@ class FakeChannel:
     def __init__(self, address: str, instances: FakeInstances) -> None:
         self.address = address
         self.instances = instances
+        self.peer = FakePeer(address)
         self.closed = False
 
     async def unary(
@@ -149,6 +173,7 @@ class World:
         self.instances.gate.set()
         self.metrics = RouterMetrics()
         self.clock_s = 0.0
+        self.decisions = DecisionLog(now_ms=lambda: self.now_ms)
         self.build()
         for replace_family in (
             self.view.replace_models,
@@ -166,9 +191,16 @@ class World:
             self.view,
             make_upstream=FakeUpstream,  # type: ignore[arg-type]
             make_channel=lambda address: FakeChannel(address, self.instances),  # type: ignore
+            policy=self.policy,
+            decisions=self.decisions,
         )
         self.loads = Loads(
-            self.view, self.peers, self.metrics, policy=self.policy, now_ms=lambda: self.now_ms
+            self.view,
+            self.peers,
+            self.metrics,
+            policy=self.policy,
+            now_ms=lambda: self.now_ms,
+            avoid=self.peers.avoided,
         )
         self.names = NameLookup(self.store, self.view, clock=lambda: self.clock_s)
         self.dispatcher = Dispatcher(
@@ -179,6 +211,8 @@ class World:
             self.metrics,
             policy=self.policy,
             draw=lambda: 0.0,
+            decisions=self.decisions,
+            now_ms=lambda: self.now_ms,
         )
 
     # What stands in the view.
@@ -224,12 +258,26 @@ class World:
         """Instances that were asked to load, in order."""
         return [address.removesuffix(":1") for address, _ in self.instances.asked]
 
-    @staticmethod
-    async def until(holds: Callable[[], object]) -> None:
-        """Let the loop turn until ``holds``; a test that waits in vain fails."""
-        async with asyncio.timeout(5):
-            while not holds():  # noqa: ASYNC110
+    async def until(self, holds: Callable[[], object]) -> None:
+        """Let the loop turn, and the connections be watched, until ``holds``; a test that waits in
+        vain fails."""
+        async with asyncio.timeout(20):
+            while not holds():
+                self.watch()
                 await asyncio.sleep(0)
+
+    def watch(self) -> None:
+        """One look at the connections, as the router takes it every 100 ms."""
+        self.peers.watch(monotonic())
+
+    def silent(self, instance_id: str) -> None:
+        """Its PINGs are not answered, until ``speaks``."""
+        self.peers.upstream(instance_id).silent_since_s = 2.0
+        self.watch()
+
+    def speaks(self, instance_id: str) -> None:
+        self.peers.upstream(instance_id).silent_since_s = 0.0
+        self.watch()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mesh.core.policy import Policy
 from mesh.core.types import InstanceState
 from mesh.wire.hpack import encode_literal
 from mesh.wire.relay import Failure
-from router.dispatch import CopyRoute, pick
+from router.routes import CopyRoute, pick
 
 # ---- hits ------------------------------------------------------------------------------------
 
@@ -88,10 +88,10 @@ def test_only_what_changed_is_rebuilt(world) -> None:
         world.model(model_id)
         world.copy(model_id, "a")
         world.call(model_id)
-    before = world.dispatcher._routes["m1"].copies
+    before = world.dispatcher._entries["m1"].copies
     world.view.delete_copy("m2", "a")
     world.call("m1")
-    assert world.dispatcher._routes["m1"].copies is before
+    assert world.dispatcher._entries["m1"].copies is before
 
 
 def test_a_draining_instance_gets_nothing_new(world) -> None:
@@ -215,14 +215,15 @@ async def test_without_another_copy_the_model_is_loaded_elsewhere(world, failure
 
 async def test_an_instance_that_cannot_be_reached_is_passed_over_for_a_moment(world) -> None:
     two_copies(world)
-    world.model("only-on-a")
-    world.copy("only-on-a", "a")
+    world.build(Policy(outlier_eject_ms=1))
     call = world.call("m")
+    world.peers.upstream("a").listens = False
     world.dispatcher.failed(call, call.upstream, Failure.CONNECT)
     # With nothing in flight there it would otherwise be the choice of every other call.
     assert {world.call("m").forwards[0] for _ in range(5)} == {"b:1"}
-    assert world.call("only-on-a").forwards == ["a:1"], "where nobody else answers it is tried"
-    world.dispatcher._trust("a")
+    assert world.peers.avoided() == {"a"}
+    world.peers.upstream("a").listens = True
+    await world.until(lambda: not world.peers.avoided())
     assert world.call("m").forwards == ["a:1"]
 
 
@@ -267,15 +268,29 @@ def test_attempts_are_bounded(world) -> None:
 
 
 async def test_a_copy_that_is_gone_again_after_each_load_is_given_up(world) -> None:
-    world.build(Policy(hops_max=4))
+    """In the time that a request without a deadline may wait, and not as fast as it can."""
+    world.build(Policy(hops_max=4, load_timeout_ms=100, queue_timeout_ms=1))
     world.instance("a")
     world.model("m")
     call = world.call("m")
     call.on_forward = lambda c: world.dispatcher.failed(c, c.upstream, Failure.NOT_HERE)
     await world.until(lambda: call.error is not None)
-    assert call.error.code is Code.UNAVAILABLE
-    assert len(world.asked) <= 4
+    assert call.error.code is Code.UNAVAILABLE and call.error.retry_after_ms
+    assert 4 <= len(world.asked) <= 8
     assert world.dispatcher.inflight == 0
+
+
+async def test_a_copy_that_is_gone_again_more_often_than_hops_max_answers_in_the_end(world) -> None:
+    """Memory is short and others are quicker: that is no failure of the request."""
+    world.build(Policy(hops_max=2, placement_retry_ms=1, placement_retry_max_ms=1))
+    world.instance("a")
+    world.model("m")
+    call = world.call("m")
+    gone = [Failure.NOT_HERE] * 8
+    call.on_forward = lambda c: gone and world.dispatcher.failed(c, c.upstream, gone.pop())
+    await world.until(lambda: call.error is not None or not gone)
+    await world.until(lambda: world.dispatcher.inflight_on("m", "a") == 1)
+    assert call.error is None and len(world.asked) == 9
 
 
 # ---- metrics -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from mesh.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from mesh.wire.client import Reply, RpcError
+from mesh.wire.client import NotSent, PeerSilent, Reply, RpcError
 from mesh.wire.relay import Failure
 from router.gateway import Gateway, failure_of
 
@@ -35,6 +35,9 @@ def refusal(name: str) -> RpcError:
         (refusal("overloaded"), Failure.OVERLOADED),
         (RpcError(Code.UNAVAILABLE, "connection lost"), Failure.LOST),
         (Unavailable("has left the mesh"), Failure.CONNECT),
+        (NotSent(Code.UNAVAILABLE, "refused"), Failure.CONNECT),
+        (NotSent(Code.RESOURCE_EXHAUSTED, "connections are full"), Failure.OVERLOADED),
+        (PeerSilent(Code.UNAVAILABLE, "no answer to a PING"), Failure.SILENT),
         (RpcError(Code.UNAVAILABLE, "the model's", ((b"grpc-status", b"14"),)), None),
         (RpcError(Code.INVALID_ARGUMENT, "x", ((b"grpc-status", b"3"),)), None),
         (RpcError(Code.DEADLINE_EXCEEDED, "x"), None),
@@ -60,6 +63,7 @@ class Script:
             def __init__(self, address: str) -> None:
                 self.address = address
                 self.internal = make(address)
+                self.peer = self.internal.peer
 
             async def unary(self, path, message, *, metadata=(), timeout_s=None) -> Reply:
                 if path != PATH:
