@@ -20,6 +20,8 @@ from typing import Final
 
 from mesh import registry
 from mesh.core.errors import MeshError, NotFound
+from mesh.core.placement import predict_size_bytes
+from mesh.core.policy import Policy
 from mesh.core.types import CopyRecord, CopyState, ModelRecord
 from mesh.instance.answers import LoadAnswer, LoadOutcome
 from mesh.instance.clock import Clock
@@ -54,13 +56,14 @@ class Claims:
         self._clock = clock
         self.unconfirmed: set[str] = set()  # loaded by records that the store has not confirmed
 
-    async def claim(self, wish: Wish) -> Ready | LoadAnswer:
+    async def claim(self, wish: Wish, policy: Policy) -> Ready | LoadAnswer:
         """Claimed, or why there is nothing to load here. Raises NotFound, StoreUnavailable,
         LeaseNotFound and what is wrong with the record."""
         copy = CopyRecord(
             wish.model_id,
             self._instance_id,
             CopyState.LOADING,
+            size_bytes=_predicted_bytes(wish, policy),
             claimed_at_ms=self._clock.now_ms(),
         )
         if wish.record and self._publisher.away:
@@ -145,3 +148,14 @@ class Claims:
                 return
             self.unconfirmed.discard(model_id)
             yield model_id, record
+
+
+def _predicted_bytes(wish: Wish, policy: Policy) -> int:
+    """What others count for the copy from now on. With 0 an empty instance would look empty however
+    many loads are queued there, and would get all the others too."""
+    if not wish.record:
+        return policy.default_model_size_bytes
+    try:
+        return predict_size_bytes(registry.decode_model(wish.model_id, wish.record), policy)
+    except registry.RecordError:
+        return policy.default_model_size_bytes

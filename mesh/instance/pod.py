@@ -208,7 +208,9 @@ class Pod:
     async def _begin(self, flight: Flight) -> None:
         model_id = flight.wish.model_id
         try:
-            ready = await self._not_now(flight.wish) or await self.claims.claim(flight.wish)
+            ready = await self._not_now(flight.wish) or await self.claims.claim(
+                flight.wish, self.policy
+            )
         except MeshError as error:
             if error.code in RETRYABLE:
                 # The store's fault, not the model's: nothing is to be remembered against it.
