@@ -21,9 +21,8 @@ from mesh import admin_views as views
 from mesh import manifest
 from mesh.core.errors import InvalidArgument, MeshError, NotFound
 from mesh.core.explain import explain
-from mesh.core.placement import Candidate, Placement, place
+from mesh.core.placement import Placement, place
 from mesh.core.policy import Policy
-from mesh.core.slots import InstanceSlot
 from mesh.core.types import LoadPriority
 from mesh.core.view import ClusterView, Resolved
 from mesh.metrics import RouterMetrics
@@ -31,7 +30,14 @@ from mesh.wire.server import AsyncUnary
 from protos import mesh_admin_pb2 as pb
 from protos import mesh_internal_pb2 as internal
 from router.catalog import Catalog
-from router.described import concrete_model, last_used_told, model_row
+from router.described import (
+    Shortfalls,
+    candidate_view,
+    concrete_model,
+    instance_row,
+    last_used_told,
+    model_row,
+)
 from router.dispatch import Dispatcher
 from router.loads import Loads
 from router.oip import Oip
@@ -111,9 +117,15 @@ class Admin:
         model = self.view.models.get(model_id)
         if model is None or self.view.copies_of(model_id) or self.view.pending_of(model_id):
             return
-        placed = place(self.view, model, now_ms=self.now_ms(), policy=self.policy)
+        placed = place(
+            self.view,
+            model,
+            now_ms=self.now_ms(),
+            policy=self.policy,
+            avoid=self.peers.avoided(),
+        )
         if isinstance(placed, Placement) and not placed.full:
-            self.loads.ask_soon(model_id, placed, priority=LoadPriority.PROACTIVE)
+            self.loads.ask_soon(model_id, placed, priority=LoadPriority.PROACTIVE, reason="applied")
 
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         if not request.name:
@@ -136,19 +148,23 @@ class Admin:
             case "models":
                 return pb.ListResponse(items_json=await self._list_models())
             case "instances":
-                slots = sorted(self.view.instances.items())
-                rows = [_instance_row(slot) for _, slot in slots]
+                avoided = self.peers.avoided()
+                rows = [
+                    instance_row(slot, passed_over=instance_id in avoided)
+                    for instance_id, slot in sorted(self.view.instances.items())
+                ]
                 return pb.ListResponse(items_json=views.encode(rows))
             case _:
                 raise InvalidArgument(f"kind: expected models or instances; found {request.kind!r}")
 
     async def _list_models(self) -> str:
         now_ms = self.now_ms()
+        shortfalls = Shortfalls(self.view, now_ms, self.policy)
         pieces: list[str] = []
         names = self.oip.client_names()
         for start in range(0, len(names), _LIST_SLICE):
             rows = [
-                model_row(self.view, n, now_ms, self._last_used)
+                model_row(self.view, n, now_ms, self._last_used, shortfalls)
                 for n in names[start : start + _LIST_SLICE]
             ]
             pieces.append(views.encode(rows)[1:-1])
@@ -183,7 +199,9 @@ class Admin:
             )
 
         described = views.ModelDescription(
-            row=model_row(self.view, name, now_ms, last_used),
+            row=model_row(
+                self.view, name, now_ms, last_used, Shortfalls(self.view, now_ms, self.policy)
+            ),
             active=concrete(active_id),
             target=concrete(target_id) if target_id != active_id else None,
             manifest=orjson.loads(alias.manifest) if alias is not None and alias.manifest else None,
@@ -242,7 +260,16 @@ class Admin:
             for instance_id in self.view.loaded_on(model_id)
         }
         now_ms = self.now_ms()
-        told = explain(self.view, name, now_ms=now_ms, policy=self.policy, inflight=inflight)
+        told = explain(
+            self.view,
+            name,
+            now_ms=now_ms,
+            policy=self.policy,
+            inflight=inflight,
+            avoid=self.peers.avoided(),
+        )
+        model = self.view.models.get(model_id)
+        shortfalls = Shortfalls(self.view, now_ms, self.policy)
         instance_id = told.instance_id or ""
         slot = self.view.instances.get(instance_id)
         ranked = [c.instance_id for c in told.candidates if c.refusal is None]
@@ -254,7 +281,7 @@ class Admin:
             address=slot.record.address if slot is not None else "",
             reason=told.reason,
             runner_up=told.runner_up or "",
-            candidates=tuple(_candidate(c, ranked, instance_id) for c in told.candidates),
+            candidates=tuple(candidate_view(c, ranked, instance_id) for c in told.candidates),
             view_revision=self.view.revision,
             text=told.detail,
             via=told.via,
@@ -271,45 +298,6 @@ class Admin:
                 for copy in told.copies
             ),
             errors=told.errors,
+            shortfall=shortfalls(model) if model is not None else "",
         )
         return pb.ExplainResponse(json=views.encode(view))
-
-
-def _candidate(candidate: Candidate, ranked: list[str], chosen: str) -> views.Candidate:
-    reason = candidate.refusal or (
-        f"{candidate.free_bytes} bytes free, {candidate.loads_in_progress} loading"
-        + (", has to evict" if candidate.full else "")
-    )
-    rank = ranked.index(candidate.instance_id) + 1 if candidate.refusal is None else 0
-    return views.Candidate(
-        instance_id=candidate.instance_id,
-        reason=reason,
-        chosen=candidate.instance_id == chosen,
-        rank=rank,
-        full=candidate.full,
-        free_bytes=candidate.free_bytes,
-        loads_in_progress=candidate.loads_in_progress,
-        lru_at_ms=candidate.lru_at_ms,
-    )
-
-
-def _instance_row(slot: InstanceSlot) -> views.InstanceRow:
-    record = slot.record
-    return views.InstanceRow(
-        instance_id=record.instance_id,
-        address=record.address,
-        state=record.state.value,
-        capacity_bytes=record.capacity_bytes,
-        used_bytes=slot.effective_used_bytes,
-        model_count=len(slot.copies) - slot.loading,
-        loading_count=slot.loads_in_progress,
-        load_slots=record.load_slots,
-        lru_at_ms=record.lru_at_ms,
-        requests_per_minute=record.requests_per_minute,
-        started_at_ms=record.started_at_ms,
-        model_types=record.model_types,
-        zone=record.zone,
-        labels=record.labels,
-        metrics_address=record.metrics_address,
-        software_version=record.software_version,
-    )

@@ -41,7 +41,7 @@ def report(
         return lambda: read() if election.is_leader else None
 
     sources: dict[str, Source] = {
-        "waiting": lambda: loads.waiting,
+        "waiting": lambda: loads.waiting + dispatcher.waiting,
         "route_models": lambda: dispatcher.table_size()[0],
         "route_copies": lambda: dispatcher.table_size()[1],
         "instances": lambda: len(view.instances),
@@ -49,8 +49,11 @@ def report(
         "leader": lambda: float(election.is_leader),
         "buffered_bytes": lambda: relay.budget.used_bytes + relay.budget.queued_bytes,
         "inflight": lambda: dispatcher.inflight,
+        "retry_budget": lambda: dispatcher.retries_left,
+        "ejected": lambda: len(peers.avoided()),
         "connections": lambda: server.connections,
         "store_connected": lambda: float(store_connected()),
+        "shortfall": of_leader(lambda: leader.copies_lacking),
         "models_managed": of_leader(lambda: len(view.models)),
         "models_loaded": of_leader(lambda: _models_loaded(view)),
         "models_with_failure": of_leader(lambda: _models_with_failure(view, now_ms())),

@@ -70,6 +70,8 @@ log = logging.getLogger(__name__)
 
 # Closing what leads nowhere, forgetting what is gone, asking the store whether it is there.
 UPKEEP_S: Final = 2.0
+# Looking for instances that do not answer: a tenth of the second within which they are avoided.
+WATCH_S: Final = 0.1
 # Frozen again when the view has grown so much since: by a tenth, and not for a handful.
 _FREEZE_GROWTH: Final = 1.1
 _FREEZE_MIN: Final = 1_000
@@ -132,6 +134,8 @@ class Router:
             view,
             make_upstream=lambda address: Upstream(address, limits=inside),
             make_channel=lambda address: Channel(address, limits=inside),
+            policy=policy,
+            decisions=self.decisions,
         )
         self.loads = Loads(
             view,
@@ -140,6 +144,8 @@ class Router:
             policy=policy,
             now_ms=wall_clock_ms,
             decisions=self.decisions,
+            avoid=self.peers.avoided,
+            use_score=lambda model_id: self.dispatcher.use_score(model_id),
         )
         self.names = NameLookup(store, view, clock=time.monotonic)
         self.dispatcher = Dispatcher(
@@ -150,6 +156,7 @@ class Router:
             self.metrics,
             policy=policy,
             draw=random.random,
+            decisions=self.decisions,
         )
         self.gateway = Gateway(
             self.dispatcher, self.peers, max_held_bytes=settings.limits.max_buffered_bytes_total
@@ -172,6 +179,7 @@ class Router:
             policy=policy,
             is_leader=lambda: self.election.is_leader,
             now_ms=wall_clock_ms,
+            decisions=self.decisions,
         )
         self.sync = ViewSync(store, view, on_step=self._stepped)
         self.relay = Relay(
@@ -275,6 +283,7 @@ class Router:
         self._for_ever("election", self.election.run())
         self._for_ever("leader", self.leader.run())
         self._for_ever("upkeep", self._upkeep())
+        self._for_ever("watch", self._watch_peers())
         log.info("router %s serves: gRPC %s:%d, REST %s, %r", self.router_id, settings.host,
                  grpc_port, rest_port, self.view)  # fmt: skip
         return Bound(grpc_port, rest_port, metrics_port)
@@ -283,6 +292,8 @@ class Router:
         """Say that this router leaves, let what is in flight finish, and close everything."""
         settings = self.settings
         self.readiness.set_draining()
+        if self._rest is not None:
+            self._rest.leave()
         await self.election.close()
         await asyncio.sleep(settings.drain_notice_ms / 1_000)
         timeout_s = settings.drain_timeout_ms / 1_000
@@ -347,14 +358,24 @@ class Router:
 
     def _use_policy(self, policy: Policy) -> None:
         """``config/policy`` has changed."""
-        for part in (self.loads, self.oip, self.admin, self.decisions):
-            part.use_policy(policy)
+        self.peers.use_policy(policy)
+        self.loads.use_policy(policy)
+        self.dispatcher.use_policy(policy)
+        self.leader.use_policy(policy)
+        self.oip.use_policy(policy)
+        self.admin.use_policy(policy)
+        self.decisions.use_policy(policy)
 
     def _freeze(self) -> None:
         """Take what is there now out of later collections: over a hundred thousand records a full
         one is a pause of tens of milliseconds."""
         gc.freeze()
         self._frozen_models = len(self.view.models)
+
+    async def _watch_peers(self) -> None:
+        while True:
+            self.peers.watch(time.monotonic())
+            await asyncio.sleep(WATCH_S)
 
     async def _upkeep(self) -> None:
         while True:
