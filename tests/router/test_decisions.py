@@ -1,0 +1,183 @@
+"""What was decided, told by those who decided it: `mesh explain --decisions`, metrics, the log."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from mesh import registry
+from mesh.admin_views import DecisionList, DecisionRow, InstanceRow, ModelRow, decode, decode_list
+from mesh.core.types import InstanceRecord, InstanceState
+from mesh.store.api import Put
+from protos import mesh_admin_pb2 as pb
+from router import admin_decisions
+from tests.instance.fakes import MIB, until
+from tests.router.mesh_rig import ADMIN, MeshRig, mesh
+
+
+async def decisions(rig: MeshRig, name: str = "", **fields: Any) -> DecisionList:
+    request = pb.DecisionsRequest(name=name, **fields)
+    reply = await rig.call(ADMIN + "Decisions", request, pb.DecisionsResponse)
+    return decode(DecisionList, reply.json)
+
+
+async def rows(rig: MeshRig, kind: str, **fields: Any) -> list[DecisionRow]:
+    return [row for row in (await decisions(rig, **fields)).rows if row.kind == kind]
+
+
+async def loaded(rig: MeshRig, *names: str) -> None:
+    for name in names:
+        await rig.register(name)
+        await rig.infer(name, 1.0)
+
+
+async def test_a_placement_is_told_counted_and_logged_in_the_same_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mesh.decisions")
+    async with mesh(tmp_path, pods=0) as rig:
+        pod = await rig.add_pod()
+        router = rig.routers[0]
+        await loaded(rig, "m")
+        [row] = await rows(rig, "place")
+        assert (row.model_id, row.instance_id) == ("m", pod.instance.instance_id)
+        assert row.reason == "only_candidate"
+        assert row.detail
+        assert row.who == router.router_id
+        assert router.metrics.value("decisions", "place", row.reason) == 1
+        assert [r for r in caplog.messages if "place m on" in r and row.reason in r]
+
+
+async def test_an_instances_evictions_are_told_by_it(tmp_path: Path) -> None:
+    async with mesh(tmp_path, pods=0) as rig:
+        pod = await rig.add_pod(capacity_bytes=3 * MIB)
+        await loaded(rig, *(f"m{at}" for at in range(6)))
+        evicted = await rows(rig, "evict")
+        assert evicted
+        assert {row.who for row in evicted} == {pod.instance.instance_id}
+        assert all(row.reason and row.model_id for row in evicted)
+        counted = sum(
+            pod.instance.metrics.value("decisions", "evict", reason)
+            for reason in {row.reason for row in evicted}
+        )
+        assert counted == len(evicted)
+
+
+async def test_the_latest_come_first_and_no_more_than_asked_for(tmp_path: Path) -> None:
+    async with mesh(tmp_path, pods=0) as rig:
+        await rig.add_pod(capacity_bytes=3 * MIB)
+        await loaded(rig, *(f"m{at}" for at in range(6)))
+        everything = (await decisions(rig)).rows
+        instants = [row.at_ms for row in everything]
+        assert instants == sorted(instants, reverse=True)
+        assert (await decisions(rig, limit=2)).rows == everything[:2]
+        since_ms = instants[0]
+        assert {row.at_ms for row in (await decisions(rig, since_ms=since_ms)).rows} == {since_ms}
+
+
+async def test_a_name_is_a_model_an_alias_or_an_instance(tmp_path: Path) -> None:
+    async with mesh(tmp_path, pods=0) as rig:
+        one, two = await rig.add_pod(capacity_bytes=3 * MIB), await rig.add_pod()
+        await loaded(rig, "a", "b")
+        applied = await rig.apply("iris", "fake://1")
+        await rig.infer("iris", 1.0)
+        assert {row.model_id for row in (await decisions(rig, "a")).rows} == {"a"}
+        assert {row.model_id for row in (await decisions(rig, "iris")).rows} == {applied.model_id}
+        for pod in (one, two):
+            about = pod.instance.instance_id
+            told = (await decisions(rig, about)).rows
+            assert all(about in (row.instance_id, row.who) for row in told)
+        assert (await decisions(rig, "nobody")).rows == ()
+
+
+async def test_who_cannot_be_asked_is_named_and_the_others_are_told(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with mesh(tmp_path, pods=0) as rig:
+            await rig.add_pod()
+            await loaded(rig, "m")
+            addresses = {"gone": "127.0.0.1:1", "mute": f"127.0.0.1:{silent.getsockname()[1]}"}
+            for name, address in addresses.items():
+                record = InstanceRecord(name, address, InstanceState.READY, MIB)
+                rig.server.apply([Put(registry.key_of(record), registry.encode(record))])
+            await until(lambda: addresses.keys() <= rig.routers[0].view.instances.keys())
+            told = await decisions(rig)
+            assert told.unreachable.keys() == addresses.keys()
+            assert all(told.unreachable.values())
+            assert any(row.kind == "place" for row in told.rows)
+            assert told.asked == 2
+
+
+@pytest.mark.parametrize("limit", [-1, 10_001])
+async def test_a_limit_out_of_range_is_refused(tmp_path: Path, limit: int) -> None:
+    async with mesh(tmp_path, pods=0) as rig:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await decisions(rig, limit=limit)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_decisions_of_an_instance_are_not_for_clients(tmp_path: Path) -> None:
+    async with mesh(tmp_path, pods=0) as rig:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.call(
+                admin_decisions.DECISIONS_PATH, pb.DecisionsRequest(), pb.DecisionsResponse
+            )
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+# ---- lists that show what was decided ------------------------------------------------------------
+
+
+async def listed(rig: MeshRig, kind: str, cls: type[Any]) -> list[Any]:
+    reply = await rig.call(ADMIN + "List", pb.ListRequest(kind=kind), pb.ListResponse)
+    return list(decode_list(cls, reply.items_json))
+
+
+async def test_a_minimum_that_cannot_be_had_is_listed_with_the_reason(tmp_path: Path) -> None:
+    async with mesh(tmp_path, pods=0) as rig:
+        await rig.add_pod()
+        router = rig.routers[0]
+        await rig.register("two", min_copies=2)
+        await rig.register("one")
+        await rig.infer("two", 1.0)
+        await until(lambda: router.leader.copies_lacking == 1)
+        shown: dict[str, ModelRow] = {r.name: r for r in await listed(rig, "models", ModelRow)}
+        assert (shown["two"].copies_loaded, shown["two"].copies_wanted) == (1, 2)
+        assert "1 missing" in shown["two"].shortfall
+        assert (shown["one"].copies_wanted, shown["one"].shortfall) == (0, "")
+        assert b"mesh_shortfall_copies 1.0" in router.metrics.render()[0]
+        await rig.add_pod()
+        await until(lambda: router.leader.copies_lacking == 0)
+        await until(lambda: len(router.view.loaded_on("two")) == 2)
+        shown = {r.name: r for r in await listed(rig, "models", ModelRow)}
+        assert (shown["two"].copies_loaded, shown["two"].shortfall) == (2, "")
+
+
+async def test_an_instance_is_listed_with_its_place_and_whether_it_is_passed_over(
+    tmp_path: Path,
+) -> None:
+    async with mesh(tmp_path, pods=0) as rig:
+        router = rig.routers[0]
+        record = InstanceRecord(
+            "gone",
+            "127.0.0.1:1",
+            InstanceState.READY,
+            MIB,
+            zone="z1",
+            labels=("gpu",),
+            group="g",
+            replica_set="r2",
+            victim_score=0.5,
+        )
+        rig.server.apply([Put(registry.key_of(record), registry.encode(record))])
+        await until(lambda: "gone" in router.view.instances)
+        router.peers.connect_failed("gone")
+        [row] = await listed(rig, "instances", InstanceRow)
+        assert (row.zone, row.labels, row.group, row.replica_set) == ("z1", ("gpu",), "g", "r2")
+        assert (row.victim_score, row.passed_over) == (0.5, True)
+        assert router.metrics.value("ejected") == 1
+        assert [r.instance_id for r in await rows(rig, "eject")] == ["gone"]
