@@ -75,6 +75,7 @@ class LeaderLoop:
         self._ranking_due_s = -1e9
         self._quiet_until_s = -1e9  # before it no load is begun ahead of requests
         self.sweeps_total = 0
+        self.swept_with: frozenset[str] = frozenset()  # instances that the last sweep found READY
         # Models below whose minimum a change may have left; what is too much is the sweep's.
         self._touched: set[str] = set()
         self._filled = 0  # loads that ``fill`` began since the last sweep
@@ -136,8 +137,8 @@ class LeaderLoop:
         if now_s >= self._sweep_due_s:
             self._swept_at_s = now_s
             self._sweep_due_s = now_s + self._policy.leader_sweep_ms / 1_000
-            self._filled = 0
             await self.repair()
+            self.swept_with = self._ready
             self.sweeps_total += 1
         self.fill()
         await self._load_ahead(now_s)
@@ -241,6 +242,8 @@ class LeaderLoop:
         orders.tell_shortfalls(plan.shortfalls)
         for order in plan.loads:
             orders.begin(order)
+        self._filled = len(plan.loads)
+        self._touched.update(plan.crowded)
         for model_id, instance_id in plan.unload:
             orders.note("repair", "orphan_copy", model_id=model_id, instance_id=instance_id,
                         detail="its model is not registered")  # fmt: skip

@@ -86,6 +86,7 @@ class RepairPlan:
     delete_models: tuple[str, ...] = ()
     delete_last_used: tuple[str, ...] = ()
     loads: tuple[LoadOrder, ...] = ()
+    crowded: tuple[str, ...] = ()  # their instance gets another load first: ask about them again
     shortfalls: tuple[Shortfall, ...] = ()
     lacking: Mapping[str, int] = field(default_factory=dict)
     reason: str = "swept"  # or not_synced
@@ -98,7 +99,14 @@ def plan_repair(
     if not view.synced:
         return RepairPlan(reason="not_synced")
     bound = policy.repair_batch_max
-    loads, shortfalls = missing_copies(view, now_ms=now_ms, policy=policy, tried=tried)
+    loads, shortfalls, crowded = _missing(
+        view,
+        view.models_with_minimum(),
+        now_ms=now_ms,
+        policy=policy,
+        granted=grant_minimums(view, policy),
+        tried=tried,
+    )
     lacking: Counter[str] = Counter()
     for short in shortfalls:
         lacking[short.reason] += short.missing
@@ -123,6 +131,7 @@ def plan_repair(
             ),
         ),
         loads=loads,
+        crowded=crowded,
         shortfalls=shortfalls[:bound],
         lacking=dict(lacking),
     )
@@ -205,9 +214,26 @@ def missing_copies(
     if not wanting:
         return (), ()
     granted = grant_minimums(view, policy) if minimums is None else minimums
+    loads, shortfalls, _ = _missing(
+        view, wanting, now_ms=now_ms, policy=policy, granted=granted, tried=tried
+    )
+    return loads, shortfalls
+
+
+def _missing(
+    view: ClusterView,
+    wanting: Iterable[str],
+    *,
+    now_ms: int,
+    policy: Policy,
+    granted: Minimums,
+    tried: Tried,
+) -> tuple[tuple[LoadOrder, ...], tuple[Shortfall, ...], tuple[str, ...]]:
+    """Loads, shortfalls, and the models that are crowded out in this round."""
     loads: list[LoadOrder] = []
     shortfalls: list[Shortfall] = []
     needs: list[_Need] = []
+    crowded: list[str] = []
     for model_id in wanting:
         need = _need(view, view.models[model_id], granted)
         if need.over_share > 0:
@@ -223,14 +249,16 @@ def missing_copies(
         found = _order(view, need, refused_by, now_ms=now_ms, policy=policy)
         if isinstance(found, Shortfall):
             shortfalls.append(found)
-        elif found is not None and found.placement.instance_id not in taken:
+        elif found is not None and found.placement.instance_id in taken:
+            crowded.append(need.model.model_id)
+        elif found is not None:
             taken.add(found.placement.instance_id)
             loads.append(found)
     shortfalls += (
         Shortfall(need.model.model_id, max(1, need.copies), "in_turn", "looked at in a later sweep")
         for need in turns[policy.repair_batch_max :]
     )
-    return tuple(loads), tuple(shortfalls)
+    return tuple(loads), tuple(shortfalls), tuple(crowded)
 
 
 def shortfall_of(

@@ -94,19 +94,21 @@ async def test_a_minimum_of_copies_is_kept(tmp_path: Path) -> None:
 
 async def test_minimum_copies_do_not_wait_for_the_next_sweep(tmp_path: Path) -> None:
     async with mesh(tmp_path, pods=3, policy=SWEEPS_ONCE) as rig:
-        await until(lambda: rig.routers[0].leader.sweeps_total)
+        leader = rig.routers[0].leader
+        await until(lambda: len(leader.swept_with) == 3)
+        sweeps = leader.sweeps_total
         applied = await rig.apply("iris", "fake://1", minReplicas=3)
         await until(lambda: len(rig.holders(applied.model_id)) == 3)
         await rig.register("kept", pinned=True)
         await until(lambda: rig.holders("kept"))
-        assert rig.routers[0].leader.sweeps_total == 1
+        assert leader.sweeps_total == sweeps
 
 
 async def test_what_changes_cause_between_two_sweeps_has_a_bound(tmp_path: Path) -> None:
     policy = replace(SWEEPS_ONCE, repair_loads_max=1)
     async with mesh(tmp_path, policy=policy) as rig:
         leader = rig.routers[0].leader
-        await until(lambda: leader.sweeps_total)
+        await until(lambda: leader.swept_with)
         await rig.register("first", pinned=True)
         await until(lambda: rig.holders("first"))
         await rig.register("second", pinned=True)
