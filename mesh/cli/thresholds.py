@@ -32,10 +32,13 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, object]:
 
 def parse_value(name: str, text: str) -> int | float | str:
     """By the kind of the threshold; what cannot be read as that stays a text, to be refused by who
-    knows what is expected. A whole number of ms or bytes may be written `30m` or `1GiB`."""
+    knows what is expected. A whole number of ms or bytes may be written `30m` or `1GiB`, a share
+    `10%`."""
     kind = _KINDS.get(name)
     if kind == "str":
         return text
+    if kind == "float" and text.endswith("%"):
+        return float(text[:-1]) / 100
     for read in (float,) if kind == "float" else (int, float):
         try:
             return read(text)

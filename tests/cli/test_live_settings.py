@@ -22,6 +22,7 @@ READ = [
     ("a number", ["load_slots=4"], {"load_slots": 4}),
     ("a share", ["proactive_free_share=0.25"], {"proactive_free_share": 0.25}),
     ("a share as a whole number", ["proactive_free_share=1"], {"proactive_free_share": 1.0}),
+    ("a share in per cent", ["proactive_free_share=10%"], {"proactive_free_share": 0.1}),
     ("a text", ["eviction_order=lru"], {"eviction_order": "lru"}),
     ("plain milliseconds", ["idle_unload_ms=250"], {"idle_unload_ms": 250}),
     ("a duration where milliseconds are meant", ["idle_unload_ms=30m"],
@@ -46,7 +47,9 @@ def test_thresholds_as_people_write_them(
     assert [type(value) for value in read.values()] == [type(value) for value in found.values()]
 
 
-@pytest.mark.parametrize("text", ["load_slots", "=4", "load_slots=", "idle_unload_ms=30x"])
+@pytest.mark.parametrize(
+    "text", ["load_slots", "=4", "load_slots=", "idle_unload_ms=30x", "hot_factor=x%"]
+)
 def test_what_is_no_threshold_is_a_usage_error(text: str) -> None:
     with pytest.raises(CommandError) as caught:
         parse_overrides([text])
