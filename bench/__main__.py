@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import density, inference, miss, relay
+from bench import density, inference, miss, placement, relay
 from bench.effort import FULL, SMOKE, USUAL, Effort
 from bench.process import BenchError, Unavailable
 from bench.report import ROOT, Report, machine
@@ -24,6 +24,7 @@ PARTS: dict[str, Part] = {
     "end-to-end": ("router and instance against the instance", inference.measure_end_to_end),
     "density": ("10,000 registered models, Zipf requests", density.measure),
     "miss": ("what a miss adds, and hits beside a large load", miss.measure),
+    "placement": ("choosing among 1,000 instances; a view's CPU by events", placement.measure),
     "sim": ("a mesh in virtual time; `sim --help` for its own options", sim.measure),
 }
 

@@ -74,7 +74,8 @@ class Preference:
         if self._some_hot:
             self._hot_above = max(self._hot_above, policy.hot_factor * min(rates))
         # Instances of an older version do not tell what their victim is worth.
-        self._by_score = not any(s.record.lru_at_ms and not s.record.victim_score for s in pool)
+        untold = [s for s in pool if not s.record.victim_score and s.record.lru_at_ms]
+        self._by_score = not untold
         digest = blake2b(demand.model.model_id.encode(), digest_size=8).digest()
         self._key = int.from_bytes(digest, "big") | 1
 
