@@ -1,9 +1,9 @@
 """The cache of a serving pod: which copies are in memory, and what has to go to make room.
 
-Byte-weighted, least recently used first. One mutator, ``Cache.handle(event, now_ms)``, returns
-instructions; the pod carries them out and reports back with the next events. The table of a
-copy's life is in cache_table.py; a pair of state and trigger that it does not hold raises
-``IllegalTransition``, which is a defect of the caller.
+One mutator, ``Cache.handle(event, now_ms)``, returns instructions; the pod carries them out and
+reports back with the next events. The table of a copy's life is in cache_table.py; a pair of state
+and trigger that it does not hold raises ``IllegalTransition``, which is a defect of the caller.
+Who may leave memory, and who first, is decided in cache_room.py and by the eviction order.
 
 Rules:
 
@@ -11,13 +11,18 @@ Rules:
   never passes the capacity. Only a measured size above its prediction can (it is a fact by then);
   such a copy stays SIZING, its surplus is ``overrun_bytes``, until enough others are gone, or it
   goes itself.
-* Only LOADED copies without requests inside and without a pin are evicted, and one that was
-  awaited not before its first request or the end of ``first_use_grace_ms``. A copy in UNLOADING
-  takes no new requests; its unload starts when those inside have ended.
-* Awaited loads go before proactive ones; those never evict, not even into the unload buffer.
+* A copy in UNLOADING takes no new requests; its unload starts when those inside have ended.
+* By priority, for slots and for memory: AWAITED first, COPY behind, PROACTIVE last. Where there are
+  several slots one is for awaited loads alone. Awaited loads evict; COPY evicts only what is worth
+  less than what it brings and never waits for busy memory; PROACTIVE never evicts, not even into
+  the unload buffer.
 * The unload buffer is a share of the capacity that admissions keep free by evicting ahead, so that
   most loads need not wait for an unload.
-* Memory goes to waiting loads in the order in which they came: a large one is not starved.
+* Memory goes to waiting loads in the order in which they came: a large one is not starved. A load
+  whose memory is all in use waits for it, at most ``memory_wait_ms``: requests end, and one that
+  is rejected at once comes back and back. So when more models are asked for than fit, each copy
+  serves those who waited for it, then makes room for the next.
+* A copy unused for its idle time-out goes at the next ``Tick``, unless it is pinned or kept.
 
 Not for use from several threads; fetches no time and no chance.
 """
@@ -48,13 +53,14 @@ from mesh.core.cache_events import (
     Tick,
     UnloadWanted,
 )
-from mesh.core.cache_lru import LazyLru
+from mesh.core.cache_room import Room
 from mesh.core.cache_table import (
     FAILED,
     HOLDS_SLOT,
     LOADED,
     LOADING,
     QUEUED,
+    RANK,
     REMOVED,
     SIZING,
     TRANSITIONS,
@@ -68,7 +74,7 @@ from mesh.core.cache_table import (
     Trigger,
 )
 from mesh.core.errors import Code, LoadFailed, MeshError, NotFound
-from mesh.core.types import CopyState, LoadPriority
+from mesh.core.types import CopyState
 
 
 class Cache:
@@ -77,15 +83,13 @@ class Cache:
     def __init__(self, config: CacheConfig) -> None:
         if config.capacity_bytes < 1 or config.load_slots < 1:
             raise ValueError(f"a cache needs capacity and at least one load slot: {config}")
-        self.config = config
         self.used_bytes = 0
         self.draining = False
         # Whether the pod has to tell BecameIdle: something waits for requests to end.
         self.awaiting_idle = False
         self._copies: dict[str, Copy] = {}
         self._active: dict[str, Copy] = {}  # all but LOADED: what _settle has to look at
-        self._pinned: dict[str, Copy] = {}
-        self._lru = LazyLru()  # LOADED, pinned and busy ones included
+        self._room = Room(config, self._copies)
         self._sequence = 0
         self._now_ms = 0  # of the event being handled
         self._out: list[Instruction] = []
@@ -108,6 +112,16 @@ class Cache:
         return len(self._copies)
 
     @property
+    def config(self) -> CacheConfig:
+        return self._room.config
+
+    def use_config(self, config: CacheConfig) -> None:
+        """From the next event on. The capacity is what the pod was given: it cannot change."""
+        if config.capacity_bytes != self.config.capacity_bytes or config.load_slots < 1:
+            raise ValueError(f"a live cache keeps its capacity and a load slot: {config}")
+        self._room.use_config(config, self._now_ms)
+
+    @property
     def free_bytes(self) -> int:
         return self.config.capacity_bytes - self.used_bytes
 
@@ -117,7 +131,11 @@ class Cache:
         return sum(copy.state is not UNLOADING for copy in self._active.values())
 
     def oldest_use_at_ms(self) -> int:
-        return self._lru.oldest_use_at_ms()
+        return self._room.oldest_use_at_ms()
+
+    def victim_score(self, now_ms: int) -> float:
+        """Worth of the copy that would go first, for ``InstanceRecord``; 0.0 when none may."""
+        return self._room.victim_score(now_ms)
 
     # ---- the one mutator ----
 
@@ -125,9 +143,7 @@ class Cache:
         self._out, self._now_ms = [], now_ms
         match event:
             case Tick():
-                for copy in list(self._active.values()):
-                    if copy.state is not UNLOADING and copy.deadline_at_ms <= now_ms:
-                        self._step(copy, T.TIMED_OUT, None, now_ms)
+                self._tick(now_ms)
             case Drain():
                 self.draining = True
                 for copy in list(self._copies.values()):
@@ -137,6 +153,15 @@ class Cache:
         self._settle(now_ms)
         out, self._out = tuple(self._out), []
         return out
+
+    def _tick(self, now_ms: int) -> None:
+        wait_ms = self.config.memory_wait_ms
+        for copy in list(self._active.values()):
+            late = copy.deadline_at_ms <= now_ms or copy.starved(now_ms, wait_ms)
+            if late and copy.state is not UNLOADING:
+                self._step(copy, T.TIMED_OUT, None, now_ms)
+        for copy in self._room.rested(now_ms):
+            self._step(copy, T.RESTED, None, now_ms)
 
     def _handle_copy(self, event: CopyEvent, now_ms: int) -> None:
         copy = self._copies.get(event.model_id)
@@ -164,7 +189,11 @@ class Cache:
         if self.draining:
             refusal = Reason.DRAINING
         elif event.size_bytes and need <= self.config.capacity_bytes:
-            refusal = None if need <= self._obtainable_bytes() else Reason.NO_ROOM
+            refusal = (
+                None
+                if need <= self._room.obtainable_bytes(self._active.values())
+                else Reason.NO_ROOM
+            )
         if refusal is not None:
             self._out.append(rejection(event.model_id, need, refusal))
             self._out.append(Publish(event.model_id, REMOVED, 0, refusal))
@@ -178,18 +207,21 @@ class Cache:
         default = min(self.config.default_size_bytes, self.config.capacity_bytes)
         copy = Copy(event, self._sequence, default, now_ms)
         self._copies[copy.model_id] = self._active[copy.model_id] = copy
-        self._pin(copy, event.pinned)
+        self._room.terms(copy)
 
     def _load_wanted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
         assert isinstance(event, LoadWanted)
         if copy.state is UNLOADING:
             self._out.append(rejection(copy.model_id, 0, Reason.STILL_UNLOADING))
             return
-        self._pin(copy, copy.pinned or event.pinned)
+        copy.pinned = copy.pinned or event.pinned
+        copy.kept = copy.kept or event.kept
+        copy.use_score = max(copy.use_score, event.use_score)
+        self._room.terms(copy)
         copy.use.last_used_at_ms = max(copy.use.last_used_at_ms, event.last_used_at_ms)
         if copy.state is LOADED:
             self._out.append(LoadEnded(copy.model_id, Reason.ALREADY_LOADED, copy.size_bytes))
-        elif copy.proactive and event.priority is not LoadPriority.PROACTIVE:
+        elif RANK[event.priority] < RANK[copy.priority]:
             copy.priority = event.priority
             copy.deadline_at_ms = max(copy.deadline_at_ms, now_ms + event.timeout_ms)
 
@@ -211,18 +243,19 @@ class Cache:
         limit = self.config.capacity_bytes
         if copy.proactive:
             limit -= self.config.unload_buffer_bytes
-        others_wait = any(other.state is WAITING for other in self._active.values())
-        if not others_wait and self.used_bytes + need <= limit:
+        ahead = self._waiting() if not copy.awaited else [c for c in self._waiting() if c.awaited]
+        if not ahead and self.used_bytes + need <= limit:
             self._account(copy, need)
             self._enter_loading(copy, reason)
         elif copy.proactive:
             self._reject(copy, Reason.NO_FREE_MEMORY)
-        elif need > self._obtainable_bytes():
+        elif need > self._room.obtainable_bytes(self._active.values()):
             self._reject(copy, Reason.NO_ROOM)
-        elif self._would_churn(now_ms):
+        elif self._room.would_churn(now_ms):
             self._reject(copy, Reason.CHURN)
         else:
             copy.state = WAITING
+            copy.waiting_at_ms = now_ms
 
     def _memory_granted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
         if copy.state is WAITING:
@@ -232,14 +265,15 @@ class Cache:
         copy.state = LOADED
         copy.overrun_bytes = 0
         copy.loaded_at_ms = now_ms
-        copy.use.last_used_at_ms = max(copy.use.last_used_at_ms, 0 if copy.proactive else now_ms)
+        copy.use.last_used_at_ms = max(copy.use.last_used_at_ms, now_ms if copy.awaited else 0)
         del self._active[copy.model_id]
-        self._lru.add(copy.model_id, copy.use)
+        self._room.loaded(copy, now_ms)
         self._out.append(LoadEnded(copy.model_id, Reason.LOADED, copy.size_bytes))
         self._out.append(Publish(copy.model_id, LOADED, copy.size_bytes, Reason.LOADED))
 
     def _enter_loading(self, copy: Copy, reason: Reason) -> None:
         copy.state = LOADING
+        copy.loading_at_ms = copy.loading_at_ms or self._now_ms
         if copy.fetched:
             self._out.append(StartLoad(copy.model_id, copy.size_bytes, reason))
         else:
@@ -248,6 +282,7 @@ class Cache:
     def _load_finished(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
         assert isinstance(event, LoadFinished)
         copy.overrun_bytes = max(0, event.size_bytes - copy.size_bytes)
+        copy.load_ms = event.load_ms or now_ms - copy.loading_at_ms
         self._account(copy, event.size_bytes)
         if copy.state is LOADING:
             copy.state = SIZING
@@ -277,6 +312,9 @@ class Cache:
         self._enter_unloading(copy, Reason.LOAD_TIMEOUT, now_ms)
 
     def _no_memory(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        if copy.state is WAITING:
+            self._reject(copy, Reason.WORTH_LESS)
+            return
         final = copy.size_bytes > self.config.capacity_bytes
         error = (
             too_large(copy.model_id, copy.size_bytes, self.config.capacity_bytes)
@@ -293,6 +331,9 @@ class Cache:
 
     def _evicted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
         self._enter_unloading(copy, Reason.EVICTED, now_ms)
+
+    def _rested(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
+        self._enter_unloading(copy, Reason.IDLE, now_ms)
 
     def _unload_wanted(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
         assert isinstance(event, UnloadWanted)
@@ -328,21 +369,16 @@ class Cache:
 
     def _terms_changed(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
         assert isinstance(event, TermsChanged)
-        self._pin(copy, event.pinned)
-
-    def _pin(self, copy: Copy, pinned: bool) -> None:
-        copy.pinned = pinned
-        if pinned:
-            self._pinned[copy.model_id] = copy
-        else:
-            self._pinned.pop(copy.model_id, None)
+        copy.pinned, copy.kept = event.pinned, event.kept
+        copy.idle_unload_ms = event.idle_unload_ms
+        self._room.terms(copy)
 
     # ---- leaving ----
 
     def _enter_unloading(self, copy: Copy, reason: Reason, now_ms: int) -> None:
         was = copy.state
         copy.state, copy.reason = UNLOADING, reason
-        self._lru.discard(copy.model_id)
+        self._room.leaving(copy.model_id)
         self._active[copy.model_id] = copy
         self._out.append(Publish(copy.model_id, REMOVED, 0, reason))
         if was is LOADING:
@@ -358,7 +394,7 @@ class Cache:
         idle_ms = max(0, now_ms - copy.use.last_used_at_ms) if copy.use.last_used_at_ms else 0
         second = ""
         if copy.reason is Reason.EVICTED:
-            second = next(iter(self._victims(1)), "")
+            second = self._room.victim(now_ms) or ""
         assert copy.reason is not None
         self._out.append(StartUnload(copy.model_id, copy.reason, idle_ms, second))
 
@@ -378,8 +414,7 @@ class Cache:
         copy.overrun_bytes = 0
         del self._copies[copy.model_id]
         self._active.pop(copy.model_id, None)
-        self._pinned.pop(copy.model_id, None)
-        self._lru.discard(copy.model_id)
+        self._room.left(copy.model_id)
 
     # ---- memory ----
 
@@ -390,90 +425,87 @@ class Cache:
     def _settle(self, now_ms: int) -> None:
         """Hand out what is free, in order, then evict for who still waits."""
         self._settle_measured(now_ms)
-        waiting = sorted(
-            (copy for copy in self._active.values() if copy.state is WAITING),
-            key=lambda copy: copy.sequence,
-        )
-        for copy in waiting:
+        for copy in self._waiting():
             if self.used_bytes + copy.need_bytes > self.config.capacity_bytes:
                 break
             self._step(copy, T.MEMORY_GRANTED, None, now_ms)
         self._grant_slots(now_ms)
-        self._make_room(now_ms)
+        while self._make_room(now_ms):
+            self._grant_slots(now_ms)
+
+    def _waiting(self) -> list[Copy]:
+        waiting = [copy for copy in self._active.values() if copy.state is WAITING]
+        waiting.sort(key=Copy.queue_order)
+        return waiting
 
     def _settle_measured(self, now_ms: int) -> None:
         sizing = [copy for copy in self._active.values() if copy.state is SIZING]
         for copy in sorted(sizing, key=lambda copy: copy.sequence):
             if not copy.overrun_bytes or self.used_bytes <= self.config.capacity_bytes:
                 self._step(copy, T.MEMORY_GRANTED, None, now_ms)
+            elif not copy.awaited:  # it took more than it may: nobody is evicted for that
+                self._step(copy, T.NO_MEMORY, None, now_ms)
         # Those left exceed their predictions. When even all that may go cannot make room, the
         # youngest of them goes itself; else they would wait for each other.
         left = sorted(
             (copy for copy in sizing if copy.state is SIZING), key=lambda copy: copy.sequence
         )
-        while left and sum(copy.size_bytes for copy in left) > self._obtainable_bytes():
+        while left and sum(copy.size_bytes for copy in left) > self._room.obtainable_bytes(
+            self._active.values()
+        ):
             self._step(left.pop(), T.NO_MEMORY, None, now_ms)
 
     def _grant_slots(self, now_ms: int) -> None:
         queued = [copy for copy in self._active.values() if copy.state is QUEUED]
         if not queued:
             return
+        slots = self.config.load_slots
         busy = sum(copy.state in HOLDS_SLOT for copy in self._active.values())
         queued.sort(key=Copy.queue_order)
         for copy in queued:
-            if busy >= self.config.load_slots:
+            if busy >= (slots if copy.awaited else max(1, slots - 1)):
                 return
             self._step(copy, T.SLOT_GRANTED, None, now_ms)
             busy += copy.state in HOLDS_SLOT
 
-    def _make_room(self, now_ms: int) -> None:
-        """Evict for what waits, and ahead for the unload buffer while awaited loads go on."""
-        needs = leaving = 0
+    def _make_room(self, now_ms: int) -> bool:
+        """Evict for what waits, and ahead for the unload buffer while awaited loads go on. Whether
+        a slot has become free, of a load that is worth less than what would have to go."""
+        waiting = self._waiting()
+        leaving = 0
         idle_wanted = awaited = False
         for copy in self._active.values():
-            if copy.state is WAITING:
-                needs += copy.need_bytes
-            elif copy.state is UNLOADING:
+            if copy.state is UNLOADING:
                 leaving += copy.size_bytes
                 idle_wanted = idle_wanted or copy.use.in_flight > 0
-            awaited = awaited or (copy.state in (WAITING, LOADING) and not copy.proactive)
-        wanted = self.used_bytes + needs - leaving - self.config.capacity_bytes
-        if awaited:
-            wanted += self.config.unload_buffer_bytes
-        while wanted > 0:
-            victim = next(iter(self._victims(1)), None)
+            awaited = awaited or (copy.awaited and copy.state in (WAITING, LOADING))
+        wanted = self.used_bytes - leaving - self.config.capacity_bytes
+        needs = sum(copy.need_bytes for copy in waiting if copy.awaited)
+        buffer = self.config.unload_buffer_bytes if awaited else 0
+        short = self._evict(wanted + needs + buffer, None, now_ms)
+        wanted = short - buffer
+        for copy in waiting:
+            if copy.awaited:
+                continue
+            wanted = self._evict(wanted + copy.need_bytes, copy, now_ms)
+            if wanted > 0:
+                wanted -= copy.need_bytes
+                self._step(copy, T.NO_MEMORY, None, now_ms)
+        self.awaiting_idle = idle_wanted or (short > 0 and self._over_or_waiting())
+        return any(copy.state is REMOVED for copy in waiting)
+
+    def _evict(self, wanted_bytes: int, load: Copy | None, now_ms: int) -> int:
+        """Returns what is still wanting; below zero when there is more than was wanted."""
+        while wanted_bytes > 0:
+            victim = self._room.victim(now_ms, load)
             if victim is None:
                 break
-            copy = self._copies[victim]
-            wanted -= copy.size_bytes
-            self._step(copy, T.EVICTED, None, now_ms)
-        self.awaiting_idle = idle_wanted or (wanted > 0 and self._over_or_waiting())
+            wanted_bytes -= self._copies[victim].size_bytes
+            self._step(self._copies[victim], T.EVICTED, None, now_ms)
+        return wanted_bytes
 
     def _over_or_waiting(self) -> bool:
         return any(copy.state in (WAITING, SIZING) for copy in self._active.values())
-
-    def _victims(self, count: int) -> list[str]:
-        return self._lru.oldest(self._evictable, count)
-
-    def _evictable(self, model_id: str) -> bool:
-        copy = self._copies[model_id]
-        if copy.pinned or copy.use.in_flight:
-            return False
-        return not copy.awaits_first_use(self._now_ms, self.config.first_use_grace_ms)
-
-    def _would_churn(self, now_ms: int) -> bool:
-        if not self.config.min_churn_age_ms:
-            return False
-        victim = next(iter(self._victims(1)), None)
-        if victim is None:
-            return False
-        return now_ms - self._copies[victim].use.last_used_at_ms < self.config.min_churn_age_ms
-
-    def _obtainable_bytes(self) -> int:
-        """What loads could get if all that may go did go: capacity less what stays for sure."""
-        pinned = sum(copy.size_bytes for copy in self._pinned.values() if copy.state is LOADED)
-        stuck = sum(copy.size_bytes for copy in self._active.values() if copy.load_running)
-        return self.config.capacity_bytes - pinned - stuck
 
 
 Action = Callable[[Cache, Copy, CopyEvent | None, int], None]
@@ -493,4 +525,5 @@ _ACTIONS: Final[Mapping[Trigger, Action]] = {
     T.BECAME_IDLE: Cache._became_idle,
     T.UNLOAD_FINISHED: Cache._unload_finished,
     T.TERMS_CHANGED: Cache._terms_changed,
+    T.RESTED: Cache._rested,
 }

@@ -12,6 +12,7 @@ _WHY: Final[Mapping[Reason, str]] = {
     Reason.DRAINING: "this instance is draining",
     Reason.NO_ROOM: "{need} bytes are needed and pinned copies hold the memory",
     Reason.NO_FREE_MEMORY: "{need} bytes are not free, and nobody waits for this load",
+    Reason.WORTH_LESS: "what would have to go for {need} bytes is worth more, and nobody waits",
     Reason.MEMORY_TIMEOUT: "no load slot or no {need} bytes of memory in time",
     Reason.CHURN: "the copies that would have to go were in use a moment ago",
     Reason.STILL_UNLOADING: "an earlier copy is still being unloaded",

@@ -30,11 +30,15 @@ def validate(cache: Cache) -> None:
     _check(slots <= cache.config.load_slots, f"{slots} loads hold a slot", cache)
     for copy in copies:
         _validate_copy(copy, cache)
-    idle_queue = slots < cache.config.load_slots and any(c.state is QUEUED for c in copies)
-    _check(not idle_queue, "a load is queued beside a free slot", cache)
+    queued = [copy for copy in copies if copy.state is QUEUED]
+    for_all = max(1, cache.config.load_slots - 1)  # the last one is for awaited loads
+    idle_slot = slots < for_all or (
+        slots < cache.config.load_slots and any(c.awaited for c in queued)
+    )
+    _check(not (queued and idle_slot), "a load is queued beside a free slot", cache)
     waiting = [copy for copy in copies if copy.state is WAITING]
     if waiting:
-        first = min(waiting, key=lambda copy: copy.sequence)
+        first = min(waiting, key=Copy.queue_order)
         _check(
             cache.used_bytes + first.need_bytes > cache.config.capacity_bytes,
             f"{first} waits for memory that is free",

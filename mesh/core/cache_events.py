@@ -26,11 +26,13 @@ class Reason(Enum):
     MEASURED_TOO_LARGE = "measured-too-large"  # larger than predicted, and nothing can make room
     TOO_LARGE = "larger-than-capacity"  # final for this instance
     NO_ROOM = "no-room"  # pinned copies hold what it needs
+    WORTH_LESS = "worth-less"  # what would have to go is worth more than what nobody waits for
     NO_FREE_MEMORY = "no-free-memory"  # a proactive load would have to evict
     MEMORY_TIMEOUT = "memory-timeout"  # waited for memory or a slot for its whole time-out
     CHURN = "cache-churn"  # what would be evicted was in use a moment ago
     STILL_UNLOADING = "still-unloading"
-    EVICTED = "evicted"  # least recently used, to make room
+    EVICTED = "evicted"  # to make room: the first in the eviction order
+    IDLE = "idle"  # unused for its idle time-out
     ASKED = "asked"  # somebody asked to unload it
     DELETED = "deleted"  # its model record is gone
     DRAINING = "draining"  # this instance is leaving
@@ -110,7 +112,7 @@ class BecameIdle:
 
 @dataclass(frozen=True, slots=True)
 class TermsChanged:
-    """What the record says of this copy changed. No-op for a model that is not here."""
+    """What the record says of this copy changed, all of it. No-op for a model that is not here."""
 
     model_id: str
     pinned: bool
@@ -125,7 +127,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed: loads beyond their time-out end."""
+    """Time has passed: loads beyond their time-out end, copies beyond their idle one go."""
 
 
 CopyEvent = (

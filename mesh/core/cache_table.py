@@ -30,6 +30,9 @@ QUEUED, WAITING, LOADING = CopyState.QUEUED, CopyState.WAITING, CopyState.LOADIN
 SIZING, LOADED, FAILED = CopyState.SIZING, CopyState.LOADED, CopyState.FAILED
 UNLOADING, REMOVED = CopyState.UNLOADING, CopyState.REMOVED
 
+# The lower rank goes first.
+RANK: Final = {LoadPriority.AWAITED: 0, LoadPriority.COPY: 1, LoadPriority.PROACTIVE: 2}
+
 HOLDS_SLOT: Final = frozenset({WAITING, LOADING, SIZING})
 
 
@@ -49,7 +52,8 @@ class Trigger(Enum):
     DRAINED = "drained"
     BECAME_IDLE = "became-idle"
     UNLOAD_FINISHED = "unload-finished"
-    TERMS_CHANGED = "pin-changed"
+    TERMS_CHANGED = "terms-changed"
+    RESTED = "rested"
 
 
 T = Trigger
@@ -64,6 +68,7 @@ TRANSITIONS: Final[Mapping[tuple[CopyState, Trigger], frozenset[CopyState]]] = {
     (QUEUED, T.TERMS_CHANGED): frozenset({QUEUED}),
     (WAITING, T.LOAD_WANTED): frozenset({WAITING}),
     (WAITING, T.MEMORY_GRANTED): frozenset({LOADING}),
+    (WAITING, T.NO_MEMORY): frozenset({REMOVED}),
     (WAITING, T.TIMED_OUT): frozenset({REMOVED}),
     (WAITING, T.UNLOAD_WANTED): frozenset({REMOVED}),
     (WAITING, T.DRAINED): frozenset({REMOVED}),
@@ -89,6 +94,7 @@ TRANSITIONS: Final[Mapping[tuple[CopyState, Trigger], frozenset[CopyState]]] = {
     (LOADED, T.DRAINED): frozenset({LOADED}),
     (LOADED, T.BECAME_IDLE): frozenset({LOADED}),
     (LOADED, T.TERMS_CHANGED): frozenset({LOADED}),
+    (LOADED, T.RESTED): frozenset({UNLOADING}),
     (UNLOADING, T.LOAD_WANTED): frozenset({UNLOADING}),
     (UNLOADING, T.LOAD_FINISHED): frozenset({UNLOADING}),  # of an abandoned load
     (UNLOADING, T.LOAD_BROKEN): frozenset({REMOVED}),  # of an abandoned load
@@ -130,6 +136,13 @@ class CacheConfig:
     default_size_bytes: int  # reserved for a model of which nothing is known
     min_churn_age_ms: int = 0  # younger copies are not evicted for a load; 0: no guard
     first_use_grace_ms: int = 0  # an awaited copy stays for so long to be used once; 0: no grace
+    # A load waits at most so long for memory that is busy or being freed, then it goes elsewhere;
+    # 0: until its own time-out.
+    memory_wait_ms: int = 0
+    kept_share_max: float = 0.5  # of the capacity, for copies that go after all others
+    eviction_order: str = "lru"
+    evicted_remembered_max: int = 16_384  # models
+    use_half_life_ms: int = 3_600_000  # of the scores that come with loads
 
     @staticmethod
     def from_policy(policy: Policy, capacity_bytes: int) -> CacheConfig:
@@ -144,6 +157,11 @@ class CacheConfig:
             default_size_bytes=policy.default_model_size_bytes,
             min_churn_age_ms=policy.min_churn_age_ms,
             first_use_grace_ms=policy.first_use_grace_ms,
+            memory_wait_ms=policy.placement_wait_ms,
+            kept_share_max=policy.min_copies_capacity_share,
+            eviction_order=policy.eviction_order,
+            evicted_remembered_max=policy.evicted_remembered_max,
+            use_half_life_ms=policy.use_half_life_ms,
         )
 
 
@@ -153,8 +171,12 @@ class Copy:
     __slots__ = (
         "deadline_at_ms",
         "fetched",
+        "idle_unload_ms",
+        "kept",
+        "load_ms",
         "load_running",
         "loaded_at_ms",
+        "loading_at_ms",
         "model_id",
         "need_bytes",
         "overrun_bytes",
@@ -166,6 +188,8 @@ class Copy:
         "state",
         "unload_started",
         "use",
+        "use_score",
+        "waiting_at_ms",
     )
 
     def __init__(self, event: LoadWanted, sequence: int, default_bytes: int, now_ms: int) -> None:
@@ -177,9 +201,15 @@ class Copy:
         self.fetched = False
         self.priority = event.priority
         self.pinned = event.pinned
+        self.kept = event.kept
+        self.idle_unload_ms = event.idle_unload_ms
+        self.use_score = event.use_score  # its past elsewhere
         self.sequence = sequence
         self.deadline_at_ms = now_ms + event.timeout_ms
+        self.waiting_at_ms = 0  # since when it waits for memory
+        self.loading_at_ms = 0
         self.loaded_at_ms = 0
+        self.load_ms = 0  # what its load took: what its next miss would cost
         self.load_running = False  # abandoned, and the pod has not said yet how it ended
         self.unload_started = False
         self.reason: Reason | None = None  # why it is leaving
@@ -189,13 +219,23 @@ class Copy:
     def proactive(self) -> bool:
         return self.priority is LoadPriority.PROACTIVE
 
-    def queue_order(self) -> tuple[bool, int, int]:
-        """Awaited first, in the order of arrival; then proactive, most recently used first."""
+    @property
+    def awaited(self) -> bool:
+        return self.priority is LoadPriority.AWAITED
+
+    def queue_order(self) -> tuple[int, int, int]:
+        """By priority; awaited ones and copies in the order of arrival, proactive ones the most
+        recently used first."""
         return (
-            self.proactive,
+            RANK[self.priority],
             -self.use.last_used_at_ms if self.proactive else 0,
             self.sequence,
         )
+
+    def starved(self, now_ms: int, memory_wait_ms: int) -> bool:
+        """It has waited for memory as long as it may."""
+        waits = self.state is WAITING and memory_wait_ms > 0
+        return waits and now_ms - self.waiting_at_ms >= memory_wait_ms
 
     def awaits_first_use(self, now_ms: int, grace_ms: int) -> bool:
         """Loaded just now for requests that are on their way to it."""

@@ -177,9 +177,14 @@ class Policy:
     drain_moves: int = 4
 
     # ---- eviction -----------------------------------------------------------------------------
-    # "frequency" or "lru": see mesh/core/eviction.py. The simulator decided (bench/results/sim).
-    eviction_order: str = "lru"
-    # Uses are forgotten by half in this time.
+    # "frequency" or "lru": see mesh/core/eviction.py. The simulator decided
+    # (bench/results/sim-eviction.json): closer to the clairvoyant bound, never worse than LRU.
+    eviction_order: str = "frequency"
+    # Evicted models whose use an instance remembers: with 100,000 models on 100 instances each sees
+    # a few thousand; one takes about half a kilobyte.
+    evicted_remembered_max: int = 16_384
+    # In the scores that routers send along with loads, uses are forgotten by half in this time; the
+    # frequency order finds its own pace.
     use_half_life_ms: int = 3_600_000
 
     # ---- housekeeping -------------------------------------------------------------------------

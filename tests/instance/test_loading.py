@@ -178,7 +178,8 @@ async def test_a_model_larger_than_the_capacity_is_final_and_says_both_sizes(
 
 
 async def test_the_least_recently_used_copy_makes_room(tmp_path: Path) -> None:
-    async with running(tmp_path, capacity_bytes=4 * MIB) as rig:
+    policy = with_policy(eviction_order="lru")
+    async with running(tmp_path, capacity_bytes=4 * MIB, policy=policy) as rig:
         for name in "abc":
             rig.register(name)
             assert (await rig.load(name)).outcome is LoadOutcome.LOADED
@@ -300,9 +301,8 @@ async def test_an_unload_that_raises_still_frees_its_memory(tmp_path: Path) -> N
 async def test_a_proactive_load_evicts_nothing_and_an_awaited_one_does(
     tmp_path: Path,
 ) -> None:
-    async with running(
-        tmp_path, capacity_bytes=5 * MIB // 2, policy=with_policy(load_slots=1)
-    ) as rig:
+    policy = with_policy(load_slots=1, eviction_order="lru")
+    async with running(tmp_path, capacity_bytes=5 * MIB // 2, policy=policy) as rig:
         for name in "abc":
             rig.register(name, size_bytes_stated=MIB)
         await rig.load("a")
