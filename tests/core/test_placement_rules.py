@@ -103,10 +103,30 @@ def group(
         ),
         pytest.param(
             [instance("a", loading_count=1), instance("b", used_bytes=30)],
-            "a",
-            "most_free",
             "b",
-            id="much more free memory goes before an idle slot",
+            "slots_free",
+            "a",
+            id="an idle load slot goes before much more free memory",
+        ),
+        pytest.param(
+            [
+                instance("a", loading_count=1),
+                instance("b", used_bytes=100, lru_at_ms=NOW - 5),
+            ],
+            "b",
+            "slots_free",
+            "a",
+            id="a full one with an idle slot goes before an empty one with a queue",
+        ),
+        pytest.param(
+            [
+                instance("a", loading_count=1),
+                instance("b", used_bytes=100, lru_at_ms=NOW - 5, loading_count=1),
+            ],
+            "a",
+            "not_full",
+            "b",
+            id="as long a queue everywhere: one with room goes before one without",
         ),
         pytest.param(
             [
@@ -632,7 +652,9 @@ def test_the_thresholds_are_the_policys() -> None:
     for window_ms, reason in ((51, "not_replaced"), (50, "tie_hash")):
         found = place(new, M, now_ms=NOW, policy=Policy(replacement_window_ms=window_ms))
         assert isinstance(found, Placement) and found.reason == reason
-    for share, reason in ((0.5, "slots_free"), (0.9, "most_free")):
-        close = view_of(M, instance("a", used_bytes=40), instance("b", loading_count=1))
-        found = place(close, M, now_ms=NOW, policy=Policy(close_free_share=share))
-        assert isinstance(found, Placement) and found.reason == reason
+    several = [instance("a", used_bytes=40), instance("b"), instance("c", used_bytes=45)]
+    for share, spread in ((0.5, True), (0.9, False)):
+        policy = Policy(close_free_share=share, default_model_size_bytes=10)
+        names = [f"m{n}" for n in range(40)]
+        found = [place(view_of(*several), model(name), now_ms=NOW, policy=policy) for name in names]
+        assert (len({p.instance_id for p in found if isinstance(p, Placement)}) > 1) is spread
