@@ -19,6 +19,7 @@ LRU_MS = 20_000
 COUNT_SHARE = 0.15
 COUNT = 10
 LOADING = 3
+VICTIM_SCORE = 1.0  # twice or half the worth
 
 
 def notable(
@@ -50,6 +51,9 @@ def notable(
     lru = abs(new.lru_at_ms - last.lru_at_ms)
     if lru > LRU_MS and lru > LRU_SHARE * max(1, since_ms):
         return "lru"
+    victim = abs(new.victim_score - last.victim_score)
+    if victim > VICTIM_SCORE or (victim and not (new.victim_score and last.victim_score)):
+        return "victim"
     return None
 
 
@@ -63,4 +67,5 @@ def _plain(record: InstanceRecord) -> InstanceRecord:
         loading_count=0,
         lru_at_ms=0,
         requests_per_minute=0,
+        victim_score=0.0,
     )

@@ -28,6 +28,7 @@ from mesh.instance.membership import Membership
 from mesh.instance.model_info import ModelInfo
 from mesh.instance.pod import Pod
 from mesh.instance.publisher import Publisher
+from mesh.instance.scaler import Scaler
 from mesh.instance.settings import InstanceSettings
 from mesh.live_policy import LivePolicy
 from mesh.metrics import InstanceMetrics
@@ -99,6 +100,7 @@ class Instance:
         )
         self.health = HealthListener(self.metrics, self.not_ready)
         self.membership = Membership(self.pod, store, self.publisher, self.clock, self.record)
+        self.scaler = Scaler(self.pod, self.neighbours, settings.policy, self.clock, self.decisions)
         self.live_policy = LivePolicy(settings.policy, self.use_policy, self.decisions)
         self.neighbours.on_config = self._config_read
         self.address = ""
@@ -131,7 +133,7 @@ class Instance:
 
     async def _run_membership(self) -> None:
         await self._store.wait_ready()
-        await self.membership.run()
+        await self.membership.run(self.neighbours.run(), self.scaler.run())
 
     async def wait_failed(self) -> None:
         """Return only when a part that has to run has ended; raises what ended it."""
@@ -144,6 +146,7 @@ class Instance:
         config = CacheConfig.from_policy(policy, self.settings.capacity_bytes)
         self.pod.use_policy(policy, config)
         self.executor.use_policy(policy)
+        self.scaler.use_policy(policy)
         self.decisions.use_policy(policy)
 
     def _config_read(self) -> None:
@@ -217,6 +220,7 @@ class Instance:
             started_at_ms=self._started_at_ms,
             model_types=tuple(self._runtimes.model_types),
             zone=self.settings.zone,
+            victim_score=cache.victim_score(self.clock.now_ms()),
             labels=self.settings.labels,
             group=self.settings.group,
             replica_set=self.settings.replica_set,

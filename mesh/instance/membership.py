@@ -15,12 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from mesh import registry
 from mesh.core.errors import MeshError
-from mesh.core.types import CopyState, InstanceRecord
+from mesh.core.types import InstanceRecord
 from mesh.instance.advert import notable
 from mesh.instance.clock import Clock
 from mesh.instance.pod import Pod
@@ -55,14 +55,16 @@ class Membership:
         self._flushed_at_ms = clock.now_ms()
         self.joined = asyncio.Event()  # the record has been written once
 
-    async def run(self) -> None:
+    async def run(self, *beside: Coroutine[Any, Any, None]) -> None:
+        """``beside``: what has to run as long; its failure is the instance's."""
         async with asyncio.TaskGroup() as group:
+            for work in beside:
+                group.create_task(work)
             group.create_task(self._publisher.run())
             group.create_task(self._hold_lease())
             group.create_task(self._advertise())
             group.create_task(self._follow_models())
             group.create_task(self._audits())
-            group.create_task(self._pod.neighbours.run())
 
     # ---- lease ----
 
@@ -126,14 +128,11 @@ class Membership:
 
     def flush_last_used(self) -> None:
         self._flushed_at_ms = self._clock.now_ms()
-        uses = self._pod.evicted_last_used
-        self._pod.evicted_last_used = {}
-        for copy in self._pod.copies():
-            if copy.state is CopyState.LOADED and copy.use.last_used_at_ms:
-                uses[copy.model_id] = copy.use.last_used_at_ms
+        pod = self._pod
+        uses, scores = pod.use_book.flush(pod.copies(), pod.policy.use_half_life_ms)
         if uses:
             self._publisher.put(
-                registry.last_used_key(self._pod.instance_id), registry.encode_last_used(uses)
+                registry.last_used_key(pod.instance_id), registry.encode_last_used(uses, scores)
             )
 
     # ---- audit ----

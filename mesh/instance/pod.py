@@ -51,6 +51,7 @@ from mesh.instance.loader import Loader, Runtimes
 from mesh.instance.neighbours import Neighbours
 from mesh.instance.publisher import Publisher
 from mesh.instance.servable import Servable
+from mesh.instance.use_book import UseBook
 from mesh.metrics import InstanceMetrics
 from mesh.store.api import KVStore
 
@@ -95,12 +96,12 @@ class Pod:
         self._gone: dict[str, asyncio.Future[None]] = {}
         self._asked_because: dict[str, str] = {}  # copies that somebody has told to unload
         self._tasks: set[asyncio.Task[object]] = set()
-        self.evicted_last_used: dict[str, int] = {}  # since the last flush of last uses
+        self.use_book = UseBook()
 
     def use_policy(self, policy: Policy, cache_config: CacheConfig) -> None:
         """From now on; what is loaded stays."""
         self.policy = policy
-        self.cache.config = cache_config
+        self.cache.use_config(cache_config)
         self.neighbours.use_policy(policy)
         for record in list(self.records.values()):
             self.record_changed(record)
@@ -357,10 +358,10 @@ class Pod:
         """No new requests; those inside hold the Servable themselves."""
         self._publisher.remove_copy(model_id)
         self.claimed_at_ms.pop(model_id, None)
-        servable = self.servables.pop(model_id, None)
-        if servable is not None and servable.use.last_used_at_ms:
-            self.evicted_last_used[model_id] = servable.use.last_used_at_ms
-        if self.cache.get(model_id) is None:
+        copy = self.cache.get(model_id)
+        if self.servables.pop(model_id, None) is not None and copy is not None:
+            self.use_book.leaves(copy, self.policy.use_half_life_ms)
+        if copy is None:
             self.records.pop(model_id, None)
             self.loader.forget(model_id)
 
@@ -450,7 +451,10 @@ class Pod:
     def _use_of(self, model_id: str) -> tuple[int, float]:
         """Last use (Unix milliseconds) and score of a copy that is here."""
         copy = self.cache.get(model_id)
-        return (copy.use.last_used_at_ms, 0.0) if copy is not None else (0, 0.0)
+        if copy is None:
+            return 0, 0.0
+        score = self.use_book.score(copy, self.policy.use_half_life_ms)
+        return copy.use.last_used_at_ms, score
 
     def copies(self) -> list[Copy]:
         return self.cache.copies()

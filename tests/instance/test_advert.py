@@ -13,7 +13,7 @@ from mesh.instance.advert import notable
 POLICY = Policy()
 LAST = InstanceRecord(
     "i", "h:1", InstanceState.READY, 1_000_000, used_bytes=500_000, model_count=100,
-    loading_count=0, lru_at_ms=1_000_000,
+    loading_count=0, lru_at_ms=1_000_000, victim_score=100.0,
 )  # fmt: skip
 SOON = POLICY.advert_min_interval_ms
 
@@ -35,6 +35,10 @@ SOON = POLICY.advert_min_interval_ms
         ({"loading_count": 1}, SOON, "loading"),
         ({"lru_at_ms": 1_020_001}, SOON, "lru"),
         ({"lru_at_ms": 1_019_000}, SOON, None),
+        ({"victim_score": 102.0}, SOON, "victim"),
+        ({"victim_score": 100.5}, SOON, None),
+        ({"victim_score": 0.0}, SOON, "victim"),
+        ({"replica_set": "2"}, 0, "state"),
         ({"requests_per_minute": 7}, SOON, None),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import orjson
 
 from mesh import registry
-from mesh.core.types import LoadPriority
+from mesh.core.types import CopyState, LoadPriority
 from mesh.store.api import Delete, Put
 from protos import mesh_internal_pb2 as internal
 from tests.instance.fakes import MIB, Rig, running, until, with_policy
@@ -124,3 +124,14 @@ async def test_a_policy_that_cannot_be_is_said_once_and_changes_nothing(
 async def test_the_record_tells_the_deployment_and_its_generation(tmp_path: Path) -> None:
     async with running(tmp_path, group="pods", replica_set="2") as rig:
         assert (rig.record().group, rig.record().replica_set) == ("pods", "2")
+
+
+async def test_minimum_and_idle_time_of_a_record_reach_the_cache(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        rig.register("m", idle_unload_ms=1)
+        await rig.load("m")
+        await until(lambda: "m" not in rig.pod.servables)  # nobody used it for a millisecond
+        await until(lambda: rig.copy("m") is None)
+        rig.register("n", min_copies=2)
+        await rig.load("n")
+        await until(lambda: rig.copy("n").state is CopyState.LOADED)

@@ -183,17 +183,19 @@ async def test_moves_end_in_time_for_requests_in_flight(tmp_path: Path) -> None:
 
 
 async def test_a_full_neighbour_makes_room_for_what_was_used_later(tmp_path: Path) -> None:
-    async with several(tmp_path, 2, capacity_bytes=3 * MIB) as (leaving, other):
-        for name in ("new", "older", "oldest"):
-            leaving.register(name, size_bytes_stated=MIB, size_bytes_measured=MIB)
-        await hold(other, "oldest", "older")
-        leaving.register("x", size_bytes_stated=MIB, size_bytes_measured=MIB)
-        await hold(other, "x")
-        await hold(leaving, "new")
-        leaving.pod.servables["new"].use.last_used_at_ms = NOW_MS + 100
+    policy = {"first_use_grace_ms": 0, "eviction_order": "lru"}
+    async with several(tmp_path, 2, capacity_bytes=7 * MIB // 2, policy=policy) as (leaving, other):
+        size = {"size_bytes_stated": MIB, "size_bytes_measured": MIB}
+        for name in "abc":
+            leaving.register(name, **size)
+        await hold(other, "a", "b", "c")
+        leaving.register("moved", **size)
+        await hold(leaving, "moved")
+        use = leaving.pod.servables["moved"].use
+        use.last_used_at_ms = leaving.instance.clock.now_ms()
         await leaving.instance.drain()
-        assert "new" in other.pod.servables
-        assert "oldest" not in other.pod.servables
+        assert "moved" in other.pod.servables
+        assert len(other.pod.servables.keys() & set("abc")) == 2
 
 
 async def test_while_the_store_is_away_copies_move_by_the_last_view(tmp_path: Path) -> None:
