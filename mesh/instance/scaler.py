@@ -52,8 +52,8 @@ _SLICE: Final = 500
 _LEFT_ALONE_SWEEPS: Final = 6
 # ... and twice as many each time when who was asked did not load it.
 _REFUSALS_MAX: Final = 5
-# What passes by itself, soon: looked at again at the next sweep. A copy that has just been loaded is
-# not in the store yet.
+# What passes by itself, soon: looked at again at the next sweep. A copy that has just been loaded
+# is not in the store yet.
 _PASSING: Final = frozenset({"cooldown", "load_under_way", "not_here"})
 # Models that are read only because they were not for long, in one sweep.
 _ROUTINE_READS: Final = 2
