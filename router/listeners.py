@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 import orjson
 from aiohttp import web
 
-from mesh.core.errors import FailedPrecondition
+from mesh.core.errors import FailedPrecondition, MeshError
 from mesh.wire.listener import Listener, bind_tcp
 from router.readiness import State
 from router.settings import TlsFiles
@@ -110,9 +110,12 @@ class HttpListener:
 
 
 def operations(
-    render_metrics: Callable[[], tuple[bytes, str]], state: Callable[[], State]
+    render_metrics: Callable[[], tuple[bytes, str]],
+    state: Callable[[], State],
+    decisions: Callable[[Mapping[str, str]], bytes],
 ) -> web.Application:
-    """``/metrics``, ``/livez`` and ``/readyz`` (200 or 503, and why as JSON)."""
+    """``/metrics``, ``/livez`` and ``/readyz`` (200 or 503, and why as JSON), and what other
+    routers ask: ``/decisions``."""
 
     async def metrics(_: web.Request) -> web.Response:
         body, content_type = render_metrics()
@@ -127,7 +130,15 @@ def operations(
         status = 200 if now.ready else 503
         return web.Response(body=body, status=status, content_type="application/json")
 
+    async def decided(request: web.Request) -> web.Response:
+        try:
+            body = decisions(request.query)
+        except MeshError as error:
+            return web.Response(status=400, text=error.message)
+        return web.Response(body=body, content_type="application/json")
+
     app = web.Application()
+    app.router.add_get("/decisions", decided)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/livez", live)
     app.router.add_get("/readyz", ready)

@@ -21,7 +21,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from mesh.core.errors import MeshError, Unimplemented
+from mesh.core.errors import MeshError
 from mesh.core.live_config import POLICY
 from mesh.core.policy import Policy
 from mesh.core.view import ClusterView
@@ -35,10 +35,8 @@ from mesh.store.api import KVStore
 from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_rpc import EtcdOptions
 from mesh.view_sync import ViewSync
-from mesh.wire.calls import Method, ServerCall, Unary
+from mesh.wire.calls import Method
 from mesh.wire.client import Channel
-from mesh.wire.head import RequestHead
-from mesh.wire.messages import Metadata
 from mesh.wire.relay import Relay, Upstream
 from mesh.wire.server import Server
 from mesh.wire.transport import pump_of
@@ -53,6 +51,7 @@ from router.dispatch import Dispatcher
 from router.gateway import Gateway
 from router.gauges import report
 from router.health import Health
+from router.internal import not_for_clients
 from router.leader import LeaderLoop
 from router.listeners import HTTP1, HTTP2, HttpListener, operations, tls_context
 from router.live_settings import LiveSettings
@@ -63,6 +62,7 @@ from router.oip import IDEMPOTENT, RELAYED, Oip
 from router.peers import Peers
 from router.readiness import Readiness, State
 from router.rest import Rest
+from router.roster import Roster
 from router.rpc import methods_of
 from router.settings import RouterSettings
 
@@ -79,17 +79,6 @@ _FREEZE_MIN: Final = 1_000
 _SCRAPE_S: Final = 1.0
 # Load time-outs after which a placement that nobody reports about no longer counts.
 _PENDING_LOADS: Final = 4
-# Internal calls have methods of their own in instances; no client reaches them through a router.
-_INTERNAL: Final = (
-    *(
-        f"/mesh.internal.v1.Instance/{rpc}"
-        for rpc in ("Load", "Unload", "Describe", "Decisions", "Rest")
-    ),
-    *(
-        f"/mmesh.ModelRuntime/{rpc}"
-        for rpc in ("loadModel", "unloadModel", "predictModelSize", "modelSize", "runtimeStatus")
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +170,10 @@ class Router:
             now_ms=wall_clock_ms,
             decisions=self.decisions,
         )
+        self.roster = Roster(store, self.router_id)
+        self.decisions_admin = DecisionsAdmin(
+            self.router_id, view, self.decisions.decisions, self.peers, self.roster
+        )
         self.sync = ViewSync(store, view, on_step=self._stepped)
         self.relay = Relay(
             self.dispatcher, peek=RELAYED, idempotent=IDEMPOTENT, limits=settings.limits
@@ -221,7 +214,6 @@ class Router:
             wall_clock_ms,
             self.settings.namespace,
         )
-        decisions = DecisionsAdmin(self.router_id, self.view, self.decisions.decisions, self.peers)
         settings = SettingsAdmin(
             self.view,
             LiveSettings(self._store, self.view, on_change=self._read_live_policy),
@@ -232,10 +224,10 @@ class Router:
             **self.oip.methods(metrics),
             **management.methods(metrics),
             **self.admin.methods(metrics),
-            **methods_of(ADMIN, {**decisions.rpcs(), **settings.rpcs()}, metrics),
+            **methods_of(ADMIN, {**self.decisions_admin.rpcs(), **settings.rpcs()}, metrics),
             **health.methods(metrics),
             **reflection.methods(),
-            **dict.fromkeys(_INTERNAL, _NOT_PERMITTED),
+            **not_for_clients(),
         }
 
     # ---- life -----------------------------------------------------------------------------------
@@ -249,11 +241,13 @@ class Router:
         metrics_port = None
         if settings.metrics_port is not None:
             self._operations = HttpListener(
-                operations(self._render, self.state), drain_timeout_s=_SCRAPE_S
+                operations(self._render, self.state, self.decisions_admin.own),
+                drain_timeout_s=_SCRAPE_S,
             )
             metrics_port = await self._operations.start(
                 settings.metrics_host, settings.metrics_port
             )
+            self.roster.listens(settings.metrics_host, metrics_port)
         await self._store.wait_ready()
         self._store_connected = True
         self._for_ever("view", self.sync.run())
@@ -284,6 +278,7 @@ class Router:
         self._for_ever("leader", self.leader.run())
         self._for_ever("upkeep", self._upkeep())
         self._for_ever("watch", self._watch_peers())
+        self._for_ever("roster", self.roster.run())
         log.info("router %s serves: gRPC %s:%d, REST %s, %r", self.router_id, settings.host,
                  grpc_port, rest_port, self.view)  # fmt: skip
         return Bound(grpc_port, rest_port, metrics_port)
@@ -315,6 +310,7 @@ class Router:
         await self.server.close()
         if self._rest is not None:
             await self._rest.drain()
+        await self.roster.close()
         await self.loads.close()
         await self.names.close()
         await self.peers.close()
@@ -411,17 +407,6 @@ class Router:
     def _render(self) -> tuple[bytes, str]:
         self.dispatcher.publish_counters()
         return self.metrics.render()
-
-
-def _refuse(head: RequestHead) -> tuple[MeshError, Metadata]:
-    return Unimplemented(f"Method not found or not permitted: {head.path}"), ()
-
-
-def _never(call: ServerCall, message: bytes) -> None:
-    raise AssertionError("refused before its message came")
-
-
-_NOT_PERMITTED: Final = Unary(_never, accept=_refuse)
 
 
 async def run(settings: RouterSettings) -> int:

@@ -15,7 +15,7 @@ from mesh.admin_views import DecisionList, DecisionRow, InstanceRow, ModelRow, d
 from mesh.core.types import InstanceRecord, InstanceState
 from mesh.store.api import Put
 from protos import mesh_admin_pb2 as pb
-from router import admin_decisions
+from router import admin_decisions, roster
 from tests.instance.fakes import MIB, until
 from tests.router.mesh_rig import ADMIN, MeshRig, mesh
 
@@ -181,3 +181,61 @@ async def test_an_instance_is_listed_with_its_place_and_whether_it_is_passed_ove
         assert (row.victim_score, row.passed_over) == (0.5, True)
         assert router.metrics.value("ejected") == 1
         assert [r.instance_id for r in await rows(rig, "eject")] == ["gone"]
+
+
+# ---- several routers -----------------------------------------------------------------------------
+
+
+async def test_each_router_tells_what_the_others_decided(tmp_path: Path) -> None:
+    async with mesh(tmp_path, routers=2) as rig:
+        one, two = rig.routers
+        await until(lambda: one.roster.others and two.roster.others)
+        await rig.register("m")
+        await rig.infer("m", 1.0, router=0)
+        await rig.register("n")
+        await rig.infer("n", 1.0, router=1)
+        for at in (0, 1):
+            request = pb.DecisionsRequest()
+            reply = await rig.call(ADMIN + "Decisions", request, pb.DecisionsResponse, router=at)
+            told = decode(DecisionList, reply.json)
+            places = {(row.model_id, row.who) for row in told.rows if row.kind == "place"}
+            assert places == {("m", one.router_id), ("n", two.router_id)}
+            assert told.unreachable == {}
+            assert told.asked == 3
+
+
+async def test_a_router_that_leaves_is_asked_no_more_and_one_that_is_mute_is_named(
+    tmp_path: Path,
+) -> None:
+    async with mesh(tmp_path, routers=2) as rig:
+        one, two = rig.routers
+        await until(lambda: one.roster.others)
+        await two.close()
+        await until(lambda: not one.roster.others)
+        for name, value in {"gone": b'{"metrics":"127.0.0.1:1"}', "odd": b"[]"}.items():
+            rig.server.apply([Put(roster.PREFIX + name, value)])
+        await until(lambda: len(one.roster.others) == 2)
+        assert (await decisions(rig)).unreachable.keys() == {"gone", "odd"}
+
+
+async def test_a_lost_lease_does_not_strike_a_router_off_for_good(tmp_path: Path) -> None:
+    async with mesh(tmp_path, routers=2) as rig:
+        one, two = rig.routers
+        await until(lambda: two.router_id in one.roster.others)
+        key = roster.PREFIX + two.router_id
+        [item] = rig.server.read(key)
+        rig.server.expire_lease(item.lease_id)
+        await until(lambda: [i for i in rig.server.read(key) if i.lease_id != item.lease_id])
+        await until(lambda: two.router_id in one.roster.others)
+
+
+@pytest.mark.parametrize("query", ["limit=x", "limit=-1", "since_ms=x"])
+async def test_what_a_router_cannot_understand_of_another_it_refuses(
+    tmp_path: Path, query: str
+) -> None:
+    async with mesh(tmp_path, pods=0) as rig:
+        assert rig.http is not None
+        url = f"http://127.0.0.1:{rig.bounds[0].metrics_port}/decisions?{query}"
+        async with rig.http.get(url) as reply:
+            assert reply.status == 400
+            assert "limit" in await reply.text()
