@@ -17,16 +17,9 @@ from mesh.core.types import CopyState, InstanceState, LoadPriority
 
 if TYPE_CHECKING:
     from bench.sim.instance import Flight, SimInstance
+    from bench.sim.messages import Wish
     from bench.sim.router import SimRouter
     from bench.sim.world import World
-
-_HELD = (
-    CopyState.QUEUED,
-    CopyState.WAITING,
-    CopyState.LOADING,
-    CopyState.SIZING,
-    CopyState.LOADED,
-)
 
 
 class Broken(AssertionError):
@@ -41,6 +34,7 @@ class Checks:
         self._events = 0
         self._loading: dict[tuple[str, str], int] = {}  # (model, instance) -> miss
         self._by_miss: dict[int, tuple[str, str]] = {}  # the same the other way round
+        self._claims: dict[str, dict[str, LoadPriority]] = {}  # model -> instances that load it
 
     # ---- safety -----------------------------------------------------------------------------
 
@@ -84,29 +78,32 @@ class Checks:
             raise Broken(f"miss {miss} loads {other} and {model_id} on {where}")
         if (model_id, where) in self._loading:
             raise Broken(f"{model_id} is loaded twice at once on {where}")
-        self._claimed_once(instance, flight)
         self._loading[(model_id, where)] = miss
         self._by_miss[miss] = (model_id, where)
 
-    def _claimed_once(self, instance: SimInstance, flight: Flight) -> None:
-        """Nobody else has this claim; and an awaited load is the only one of its model, but for
-        those on instances that do not answer."""
-        world, model_id = self._world, flight.wish.model_id
-        if flight.wish.priority is not LoadPriority.AWAITED:
-            return
-        for other in world.instances.values():
-            if other is instance or not other.alive or other.stopped:
-                continue
-            copy = other.cache.get(model_id)
-            if copy is None or copy.state not in _HELD or other.state is not InstanceState.READY:
-                continue
-            if copy.priority is LoadPriority.AWAITED and copy.state is not CopyState.LOADED:
-                world.stats.duplicate_loads += 1
-                if not world.troubles.excuse:
+    def claimed(self, instance: SimInstance, wish: Wish) -> None:
+        """An awaited load is the only one of its model, but for those of instances that have gone
+        or did not answer, and while the store was away."""
+        there = self._claims.setdefault(wish.model_id, {})
+        if wish.priority is LoadPriority.AWAITED:
+            for other_id, priority in there.items():
+                other = self._world.instances[other_id]
+                if priority is not LoadPriority.AWAITED or not other.alive or other.stopped:
+                    continue
+                self._world.stats.duplicate_loads += 1
+                if not self._world.troubles.excuse:
                     raise Broken(
-                        f"{model_id} is loaded on {instance.instance_id} while "
-                        f"{other.instance_id} has {copy}"
+                        f"{wish.model_id} is claimed by {instance.instance_id} while {other_id} "
+                        "loads it"
                     )
+        there[instance.instance_id] = wish.priority
+
+    def answered(self, instance: SimInstance, wish: Wish) -> None:
+        """That load is over, however it ended."""
+        there = self._claims.get(wish.model_id, {})
+        there.pop(instance.instance_id, None)
+        if not there:
+            self._claims.pop(wish.model_id, None)
 
     def load_ends(self, instance: SimInstance, model_id: str) -> None:
         miss = self._loading.pop((model_id, instance.instance_id))
@@ -118,6 +115,8 @@ class Checks:
         where = instance.instance_id
         for model_id, _ in [key for key in self._loading if key[1] == where]:
             self.load_ends(instance, model_id)
+        for flight in instance.flights.values():
+            self.answered(instance, flight.wish)
 
     # ---- liveness ---------------------------------------------------------------------------
 

@@ -6,7 +6,9 @@ import time
 from collections.abc import Iterable
 
 from bench.sim.checks import Broken, Checks
+from bench.sim.faults import Fault, schedule
 from bench.sim.instance import SimInstance
+from bench.sim.neighbours import Neighbours
 from bench.sim.router import SimRouter
 from bench.sim.tables import Outcome, Stats, imbalance, quantile
 from bench.sim.workloads import Workload, model_name
@@ -35,25 +37,97 @@ class Cluster:
             )
             for n, model_id in enumerate(self.ids)
         )
-        for number in range(settings.instances):
-            self.add_instance(f"zone-{number % settings.zones}" if settings.zones > 1 else "")
+        self.places: list[str] = [""] * settings.instances  # who lives there now
+        for place in range(settings.instances):
+            self._start_instance(place)
         self.world.engine.run_until(1_000.0)  # they have joined
+        self.world.neighbours = Neighbours(self.world)
         for number in range(settings.routers):
             self.world.routers.append(SimRouter(self.world, number))
+        self.world.routers[0].lead()
 
-    def add_instance(self, zone: str = "") -> SimInstance:
-        instance_id = f"i{self._lives}"
+    # ---- who is there -----------------------------------------------------------------------
+
+    def _start_instance(self, place: int) -> None:
+        instance_id = f"i{place}.{self._lives}"
         self._lives += 1
-        instance = SimInstance(self.world, instance_id, self.settings.capacity_bytes, zone)
+        zone = f"zone-{place % self.settings.zones}" if self.settings.zones > 1 else ""
+        instance = SimInstance(self.world, instance_id, self.settings.capacity_bytes, zone, place)
         self.world.instances[instance_id] = instance
+        self.places[place] = instance_id
         instance.start()
-        return instance
+
+    def _living(self, place: int) -> SimInstance | None:
+        instance = self.world.instances[self.places[place % len(self.places)]]
+        return instance if instance.alive else None
+
+    def crash(self, place: int, *, restarts: bool) -> None:
+        instance = self._living(place)
+        if instance is None:
+            return
+        self.world.troubles.excuse = True
+        instance.crash()
+        self.world.checks.died(instance)
+        for router in self.world.routers:
+            router.died(instance.instance_id)
+        if restarts:
+            self._restart(place)
+
+    def _restart(self, place: int) -> None:
+        engine = self.world.engine
+        engine.after(self.settings.restart_ms, self._start_instance, place % len(self.places))
+
+    def stop(self, place: int, for_ms: float) -> None:
+        instance = self._living(place)
+        if instance is None or instance.stopped:
+            return
+        self.world.troubles.excuse = True
+        instance.stop()
+        for router in self.world.routers:
+            router.stopped(instance.instance_id)
+        self.world.engine.after(for_ms, self._go_on, instance)
+
+    def _go_on(self, instance: SimInstance) -> None:
+        instance.go_on()
+        for router in self.world.routers:
+            router.back(instance)
+
+    def drain(self, place: int, timeout_ms: float, *, restarts: bool) -> None:
+        """Its successor comes first, as a deployment has it."""
+        instance = self._living(place)
+        if instance is None:
+            return
+        if restarts:
+            self._start_instance(place % len(self.places))
+        instance.deliver(instance.drain, timeout_ms)
+
+    def crash_router(self, number: int) -> None:
+        """Its clients ask the others at once; another one comes in its place."""
+        routers = self.world.routers
+        gone = routers[number % len(routers)]
+        if len(routers) < 2:
+            return
+        routers.remove(gone)
+        lost = gone.crash()
+        for request in lost:
+            self.world.stats.retries["router"] += 1
+            routers[0].request(request.model_id, request.began)
+        if gone.leads:
+            routers[0].lead()
+        self.world.engine.after(self.settings.restart_ms, self._start_router, gone.number)
+
+    def _start_router(self, number: int) -> None:
+        if self.world.store.paused:  # it waits until the store answers
+            self.world.engine.after(500.0, self._start_router, number)
+            return
+        self.world.routers.append(SimRouter(self.world, number))
 
     # ---- a run ------------------------------------------------------------------------------
 
-    def run(self, placement: str = "production") -> Outcome:
+    def run(self, placement: str = "production", faults: Iterable[Fault] = ()) -> Outcome:
         began = time.perf_counter()
         start = self.world.engine.time
+        schedule(self, faults)
         for chunk in self.workload.requests(self.settings.seed):
             self._requests((chunk.at_ms + start).tolist(), chunk.model.tolist())
         minutes = (self.world.engine.time - start) / 60_000.0
@@ -70,12 +144,11 @@ class Cluster:
         ended = self._hit_ended
         routers = world.routers
         turn = stats.requests
-        count = len(routers)
         hits = 0
         for at, number in zip(times, numbers, strict=True):
             if engine.next_time <= at:
                 run_until(at)
-            router = routers[turn % count]
+            router = routers[turn % len(routers)]
             turn += 1
             model_id = ids[number]
             on = router.view.loaded_on(model_id)
@@ -90,7 +163,7 @@ class Cluster:
                     use.uses += 1
                     use.last_used_at_ms = engine.now_ms
                     instance.requests += 1
-                    ends.append((at + service_ms, ended, (instance, copy, number)))
+                    ends.append((at + service_ms, ended, (instance, copy, router)))
                     hits += 1
                     continue
             run_until(at)
@@ -98,7 +171,11 @@ class Cluster:
         stats.requests = turn
         stats.hits += hits
 
-    def _hit_ended(self, instance: SimInstance, copy: Copy, number: int) -> None:
+    def _hit_ended(self, instance: SimInstance, copy: Copy, router: SimRouter) -> None:
+        if not instance.alive:  # it has died with the request inside
+            self.world.stats.hits -= 1
+            router.lost(copy.model_id, instance.instance_id)
+            return
         use = copy.use
         use.in_flight -= 1
         if not use.in_flight and instance.cache.awaiting_idle:
@@ -115,6 +192,13 @@ class Cluster:
             engine.run_until(engine.time + 500.0)
         checks.at_rest()
 
+    def _loads_by_place(self) -> list[int]:
+        """Of all who have lived there."""
+        loads = [0] * len(self.places)
+        for instance in self.world.instances.values():
+            loads[instance.place] += instance.loads
+        return loads
+
     def _outcome(self, placement: str, minutes: float, wall_s: float) -> Outcome:
         stats = self.world.stats
         waited = stats.waited_ms
@@ -129,7 +213,7 @@ class Cluster:
             loads_per_min=stats.loads / max(minutes, 1e-9),
             bytes_pulled=stats.bytes_pulled,
             evictions=stats.evictions,
-            imbalance=imbalance(i.loads for i in self.world.instances.values()),
+            imbalance=imbalance(self._loads_by_place()),
             failed=stats.failed_requests,
             digest=self.world.trace.digest,
             wall_s=wall_s,

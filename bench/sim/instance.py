@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final, assert_never
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
+from bench.sim.draining import Draining
 from bench.sim.messages import Answer, Wish
 from bench.sim.publishing import ClaimResult, Publishing
-from bench.sim.store import LastUsed
+from bench.sim.store import LastUsed, LeaseGone
 from bench.sim.world import World
 from mesh.core.cache import Cache
 from mesh.core.cache_events import (
@@ -41,16 +43,22 @@ from mesh.core.cache_events import (
     UnloadWanted,
 )
 from mesh.core.cache_table import CacheConfig, Copy
-from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError
+from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError, Unavailable
 from mesh.core.loads import failure_record
+from mesh.core.placement import predict_size_bytes
 from mesh.core.types import CopyRecord, CopyState, InstanceRecord, InstanceState, ModelRecord
 from mesh.instance.advert import notable
 from mesh.instance.answers import LoadAnswer, LoadOutcome
 from mesh.instance.measured import differs
 from mesh.instance.pod import UNLOAD_WAIT_S
 
+if TYPE_CHECKING:
+    from bench.sim.neighbours import PeerCall
+
 NO_COPIES: Final[dict[str, Copy]] = {}
 RATE_WINDOW_MS: Final = 10_000
+# After a lost lease a claim is tried again so much later, once.
+LEASE_WAIT_MS: Final = 20.0
 
 
 class Flight:
@@ -80,10 +88,13 @@ class Job:
 class SimInstance:
     """One life: after a crash another instance with another id comes in its place."""
 
-    def __init__(self, world: World, instance_id: str, capacity_bytes: int, zone: str) -> None:
+    def __init__(
+        self, world: World, instance_id: str, capacity_bytes: int, zone: str, place: int
+    ) -> None:
         self.world = world
         self.instance_id = instance_id
         self.zone = zone
+        self.place = place
         self.cache = Cache(CacheConfig.from_policy(world.policy, capacity_bytes))
         self.alive = True
         self.stopped = False
@@ -99,6 +110,7 @@ class SimInstance:
         self._held: list[tuple[Callable[..., None], tuple[Any, ...]]] = []  # while stopped
         self._failed: dict[str, tuple[int, LoadAnswer]] = {}
         self._gone: dict[str, list[Callable[[], None]]] = {}
+        self.peer_calls: dict[PeerCall, None] = {}  # loads that other instances have asked for
         self._jobs: dict[str, Job] = {}
         self._claimed_at_ms: dict[str, int] = {}
         self._evicted_last_used: dict[str, int] = {}
@@ -134,11 +146,22 @@ class SimInstance:
     def crash(self) -> None:
         self._lose_touch()
         self.alive = False
+        self.lose_peer_calls()
+
+    def lose_peer_calls(self) -> None:
+        for call in tuple(self.peer_calls):
+            call.end()
 
     def stop(self) -> None:
         """SIGSTOP: it keeps its connections and says nothing."""
         self._lose_touch()
         self.stopped = True
+        policy = self.world.policy
+        self.world.engine.after(policy.ping_after_ms + policy.ping_timeout_ms, self._pinged)
+
+    def _pinged(self) -> None:
+        if self.stopped:
+            self.lose_peer_calls()
 
     def go_on(self) -> None:
         if not self.alive or not self.stopped:
@@ -162,13 +185,16 @@ class SimInstance:
 
     # ---- drain ------------------------------------------------------------------------------
 
-    def drain(self, notice_ms: float) -> None:
+    def drain(self, timeout_ms: float) -> None:
+        if not self.alive or self.state is InstanceState.DRAINING:
+            return
         self.state = InstanceState.DRAINING
         self.apply(Drain())
         self._advertise()
-        self.after(notice_ms, self._refuse)
+        Draining(self, timeout_ms)
 
-    def _refuse(self) -> None:
+    def refuse(self) -> None:
+        """The end of a drain: routers have heard of it, and what comes now is sent away."""
         self.refusing = True
         self.serving = NO_COPIES
         self._leave_when_idle()
@@ -179,11 +205,22 @@ class SimInstance:
             return
         self.publishing.flush_then(self._leave)
 
-    def _leave(self, _written: bool) -> None:
+    def _leave(self, written: bool) -> None:
+        """Its keys go at once, or with its lease when the store is away."""
         lease = self.publishing.lease
         self.crash()
-        if lease is not None:
+        self.world.checks.died(self)
+        for router in self.world.routers:
+            router.died(self.instance_id)
+        if lease is not None and written:
             self.world.store.revoke(lease)
+
+    def has(self, model_id: str) -> bool:
+        """Whether a LOADED copy is here."""
+        return model_id in self._copies
+
+    def use_score(self, model_id: str) -> float:
+        return 0.0
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -241,7 +278,7 @@ class SimInstance:
             text = "an abandoned load of it has not ended"
             self._finish(flight, _rejected(wish.model_id, text))
         else:
-            self._gone.setdefault(wish.model_id, []).append(lambda: self._claim(flight))
+            self._gone.setdefault(wish.model_id, []).append(partial(self._claim, flight))
             self.after(UNLOAD_WAIT_S * 1_000, self._waited_for_unload, flight)
 
     def _waited_for_unload(self, flight: Flight) -> None:
@@ -249,7 +286,7 @@ class SimInstance:
             text = "an earlier copy has not been unloaded yet"
             self._finish(flight, _rejected(flight.wish.model_id, text))
 
-    def _claim(self, flight: Flight) -> None:
+    def _claim(self, flight: Flight, retried: bool = False) -> None:
         wish = flight.wish
         if self.flights.get(wish.model_id) is not flight:
             return
@@ -257,14 +294,29 @@ class SimInstance:
             wish.model_id,
             self.instance_id,
             CopyState.LOADING,
+            size_bytes=predict_size_bytes(wish.known, self.world.policy) if wish.known else 0,
             claimed_at_ms=self.world.engine.now_ms,
         )
         self.publishing.claim(
-            record, wish.revision, lambda result: self._claimed(flight, record, result)
+            record, wish.revision, lambda result: self._claimed(flight, record, result, retried)
         )
 
-    def _claimed(self, flight: Flight, claim: CopyRecord, result: ClaimResult) -> None:
+    def _without_claim(self, flight: Flight, claim: CopyRecord) -> None:
+        """The store is away: by the record that came along."""
+        self.publishing.put_copy(claim)
+        self._begin_load(flight, flight.wish.known, claim)
+
+    def _claimed(
+        self, flight: Flight, claim: CopyRecord, result: ClaimResult, retried: bool
+    ) -> None:
         model_id = claim.model_id
+        if isinstance(result, LeaseGone) and not retried:
+            # A new lease is on its way.
+            self.after(LEASE_WAIT_MS, self._claim, flight, True)
+            return
+        if isinstance(result, Unavailable) and flight.wish.known is not None:
+            self._without_claim(flight, claim)
+            return
         if isinstance(result, MeshError):
             if result.code in RETRYABLE:
                 answer = _rejected(model_id, result.message)
@@ -285,10 +337,15 @@ class SimInstance:
             )
             return
         flight.claim_revision = revision
-        flight.record = self.world.store.models[model_id]
-        self._claimed_at_ms[model_id] = claim.claimed_at_ms
-        self.records[model_id] = flight.record
+        self._begin_load(flight, self.world.store.models.get(model_id), claim)
+
+    def _begin_load(self, flight: Flight, record: ModelRecord | None, claim: CopyRecord) -> None:
+        assert record is not None  # simulated models are not deleted
+        flight.record = record
+        self._claimed_at_ms[record.model_id] = claim.claimed_at_ms
+        self.records[record.model_id] = record
         flight.in_cache = True
+        self.world.checks.claimed(self, flight.wish)
         self.apply(self._wanted(flight))
 
     def _wanted(self, flight: Flight) -> LoadWanted:
@@ -300,9 +357,15 @@ class SimInstance:
             timeout_ms=record.load_timeout_ms or self.world.policy.load_timeout_ms,
             last_used_at_ms=wish.last_used_at_ms,
             priority=wish.priority,
-            pinned=wish.pin,
+            pinned=wish.pin and record.pinned,
+            kept=record.min_copies > 1,
             use_score=wish.use_score,
+            idle_unload_ms=self._idle_ms(record),
         )
+
+    def _idle_ms(self, record: ModelRecord) -> int:
+        own = record.idle_unload_ms
+        return self.world.policy.idle_unload_ms if own is None else own
 
     # ---- the cache --------------------------------------------------------------------------
 
@@ -487,6 +550,7 @@ class SimInstance:
     def _finish(self, flight: Flight, answer: LoadAnswer) -> None:
         if self.flights.get(flight.wish.model_id) is flight:
             del self.flights[flight.wish.model_id]
+        self.world.checks.answered(self, flight.wish)
         answers, flight.answers = flight.answers, []
         for told in answers:
             told(answer)

@@ -26,6 +26,11 @@ class Stats:
         self.bytes_pulled = 0
         self.evictions = 0
         self.unloads = 0
+        self.moved = 0  # copies, by instances that left
+        self.proactive = 0
+        self.parked = 0
+        self.scaled_up = 0
+        self.scaled_down = 0
         self.failed_requests = 0
         self.failed_broken = 0  # of models that cannot be loaded at all
         self.errors: Counter[str] = Counter()

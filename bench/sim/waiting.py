@@ -264,7 +264,13 @@ class Waiting:
         world.engine.after(world.settings.network_ms, self._arrives, call, wish)
 
     def ask_soon(
-        self, model_id: str, placement: Placement, *, priority: LoadPriority, pin: bool = False
+        self,
+        model_id: str,
+        placement: Placement,
+        *,
+        priority: LoadPriority,
+        reason: str = "",
+        pin: bool = False,
     ) -> None:
         """Nobody waits; the view tells the rest."""
         self._world.stats.placements[placement.reason] += 1

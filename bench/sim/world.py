@@ -19,6 +19,7 @@ from mesh.core.policy import Policy
 if TYPE_CHECKING:
     from bench.sim.checks import Checks
     from bench.sim.instance import SimInstance
+    from bench.sim.neighbours import Neighbours
     from bench.sim.router import SimRouter
     from bench.sim.tables import Stats
 
@@ -62,6 +63,9 @@ class Troubles:
     # Instances have gone or did not answer: then two loads of one model may overlap.
     excuse: bool = False
 
+    def as_fast_again(self, instance_id: str) -> None:
+        self.load_factor.pop(instance_id, None)
+
 
 class Costs:
     """What a model is and what its load takes, by id."""
@@ -72,10 +76,11 @@ class Costs:
 
 
 class World:
-    """Made by ``bench.sim.cluster``; the last four are set there."""
+    """Made by ``bench.sim.cluster``, which also sets what is only declared here."""
 
     stats: Stats
     checks: Checks
+    neighbours: Neighbours
     routers: list[SimRouter]
 
     def __init__(self, settings: Settings, costs: Costs) -> None:
