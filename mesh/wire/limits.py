@@ -39,6 +39,7 @@ class Limits:
     progress_timeout_s: float = 60.0
     idle_timeout_s: float = 3_600.0
     max_connections: int = 10_000
+    max_waiting_for_connection: int = 8_192  # calls, for one to the same peer
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ from mesh.wire.transport import Link, Pump, connect, pump_of
 
 _CONNECT_TIMEOUT_S: Final = 3.0
 _CONNECTIONS_MAX: Final = 8
-_WAITING_MAX: Final = 8_192
 # After a failed connect the next one is refused at once for so long, doubling up to the maximum.
 _BACKOFF_START_S: Final = 0.02
 _BACKOFF_MAX_S: Final = 2.0
@@ -86,8 +85,8 @@ class Peer:
             on_ready(conn)
         elif self.closed:
             on_ready(NoConnection(Unconnected.CLOSED, "closed"))
-        elif len(self._waiting) >= _WAITING_MAX:
-            text = f"{_WAITING_MAX} calls wait for a connection to {self.address}"
+        elif len(self._waiting) >= self.limits.max_waiting_for_connection:
+            text = f"{len(self._waiting)} calls wait for a connection to {self.address}"
             on_ready(NoConnection(Unconnected.FULL, text))
         elif self._connecting is None and len(self._links) >= _CONNECTIONS_MAX:
             text = f"all {_CONNECTIONS_MAX} connections to {self.address} are full"
@@ -203,6 +202,11 @@ class Peer:
                     conn.control(_PING)
                 if self.current is conn:
                     self.current = None
+
+    @property
+    def troubled(self) -> bool:
+        """``relieve`` may have something to do."""
+        return bool(self._waiting) or any(link.conn.silent for link in self._links)
 
     def relieve(self, now_s: float, patience: Patience) -> None:
         """Let calls go elsewhere that are on a connection that is silent, or wait for one too

@@ -301,8 +301,8 @@ EVENTS = st.lists(
 
 @given(EVENTS)
 def test_whatever_happens(events: list[tuple[str, str, int]]) -> None:
-    """Each ejection is followed by a readmission before the next of its kind counts; who is down is
-    avoided; suspicion alone never covers more than its share; and all come back when they answer."""
+    """Who is down is avoided, suspicion alone covers not more than its share, and all come back
+    when they answer."""
     story = Story()
     outliers = story.outliers
     for event, who, ms in events:

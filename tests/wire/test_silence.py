@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from mesh.core.errors import Code
 from mesh.wire import messages
 from mesh.wire.calls import ServerCall
 from mesh.wire.client import Channel, PeerSilent, RpcError
-from mesh.wire.limits import Patience
-from mesh.wire.peer import Peer
+from mesh.wire.limits import INSIDE, Patience
+from mesh.wire.peer import NoConnection, Peer, Unconnected
 from mesh.wire.relay import Failure, Upstream
 from tests.wire.relay_world import ADD, INFER, World, hold, request
 from tests.wire.waiting import until
@@ -220,6 +221,76 @@ async def test_pings_are_answers_of_their_own_and_few(world: World) -> None:
     conn.control = control  # type: ignore[method-assign]
     pending.cancel()
     paused.go_on()
+
+
+# ---- waiting for a connection --------------------------------------------------------------------
+
+
+@pytest.fixture
+async def mute() -> AsyncIterator[str]:
+    """The address of a peer that accepts and never says a word."""
+    gone = asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await gone.wait()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    gone.set()
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_call_that_waits_for_a_connection_goes_elsewhere_even_a_write(
+    world: World, mute: str
+) -> None:
+    """It was never delivered."""
+    up = Upstream(mute)
+    world.dispatch.upstreams.insert(0, up)
+    pending = asyncio.create_task(
+        world.channel().unary(ADD, b"1", metadata=BY_HEADER, timeout_s=60)
+    )
+    await until(lambda: world.dispatch.routed)
+    await silent(up)
+    async with asyncio.timeout(20):
+        while not pending.done():
+            await watched(up)
+    assert (await pending).message == b"1"
+    assert world.dispatch.kinds == [Failure.CONNECT]
+
+
+async def test_the_deadline_of_a_call_that_waits_for_a_connection_is_kept(
+    world: World, mute: str
+) -> None:
+    world.dispatch.upstreams.insert(0, Upstream(mute))
+    with pytest.raises(RpcError) as caught:
+        await world.channel().unary(INFER, request(), timeout_s=0.2)
+    assert caught.value.code is Code.DEADLINE_EXCEEDED
+    await until(lambda: world.dispatch.codes == [Code.DEADLINE_EXCEEDED])
+    world.upstreams[0].abort()  # who waits there is told, and must not be counted any more
+
+
+async def test_too_many_that_wait_for_a_connection_are_told_that_there_is_no_room(
+    mute: str,
+) -> None:
+    up = Upstream(mute, limits=replace(INSIDE, max_waiting_for_connection=2))
+    found: list[object] = []
+    for _ in range(3):
+        up.acquire(found.append)
+    [refused] = found
+    assert isinstance(refused, NoConnection) and refused.why is Unconnected.FULL
+    up.abort()
+    assert [x.why for x in found[1:]] == [Unconnected.CLOSED] * 2  # type: ignore[attr-defined]
+
+
+async def test_an_instance_with_no_room_for_a_call_is_overloaded_not_gone(
+    world: World, mute: str
+) -> None:
+    up = Upstream(mute, limits=replace(INSIDE, max_waiting_for_connection=0))
+    world.dispatch.upstreams.insert(0, up)
+    await world.channel().unary(INFER, request(), timeout_s=60)
+    assert world.dispatch.kinds == [Failure.OVERLOADED]
 
 
 # ---- a router's own calls ------------------------------------------------------------------------
