@@ -44,10 +44,9 @@ class ReplicaSets:
     def put(self, record: InstanceRecord, before: InstanceRecord | None) -> None:
         """``before`` is what the same instance's record said last."""
         if before is not None:
-            same_set = (before.group, before.replica_set) == (record.group, record.replica_set)
-            if same_set and before.state is record.state:
-                return
-            if not same_set:
+            if _standing(before) == _standing(record):
+                return  # nearly all: an advert
+            if (before.group, before.replica_set) != (record.group, record.replica_set):
                 self.remove(before)
         if record.state is InstanceState.DRAINING:
             self.remove(record)
@@ -80,6 +79,10 @@ class ReplicaSets:
         # Of two that came at once the name decides, so that all who look agree.
         began_at_ms, name = max((g.began_at_ms, name) for name, g in sets.items())
         self.newest[group] = NewestSet(name, began_at_ms)
+
+
+def _standing(record: InstanceRecord) -> tuple[str, str, InstanceState, int]:
+    return record.group, record.replica_set, record.state, record.started_at_ms
 
 
 def arriving_sets(newest: Mapping[str, NewestSet], now_ms: int, policy: Policy) -> dict[str, str]:

@@ -245,3 +245,35 @@ def test_last_use_is_the_latest_that_any_blob_or_record_told() -> None:
     view.put_last_used("j", {"b": 20})
     assert (view.last_used_at_ms("a"), view.last_used_at_ms("b")) == (50, 30)
     assert view.last_used_at_ms("gone") == 0
+
+
+def test_last_uses_are_the_latest_told_and_models_never_used_are_absent() -> None:
+    view = view_of(model("a", last_used_at_ms=5), model("b"), model("c"))
+    view.put_last_used("i", {"a": 3, "b": 7, "gone": 9})
+    view.put_last_used("j", {"b": 6})
+    assert dict(view.last_used) == {"a": 5, "b": 7}
+    assert (view.last_used_at_ms("b"), view.last_used_at_ms("c")) == (7, 0)
+    view.put_model(model("c", last_used_at_ms=8))
+    view.delete_model("a")
+    assert dict(view.last_used) == {"b": 7, "c": 8}
+
+
+def test_a_use_score_is_the_largest_told() -> None:
+    view = view_of(model("a"), model("b"))
+    view.put_use_scores({"a": 3.5, "b": 1.0, "gone": 9.0})
+    view.put_use_scores({"a": 2.5})
+    assert (view.use_score("a"), view.use_score("b"), view.use_score("gone")) == (3.5, 1.0, 0.0)
+    view.delete_model("a")
+    view.put_model(model("a"))
+    assert view.use_score("a") == 0.0
+
+
+def test_what_the_mesh_holds_is_what_ready_instances_hold() -> None:
+    view = view_of(
+        instance("a", used_bytes=30),
+        instance("b", capacity=50),
+        instance("c", DRAINING),
+        instance("d", STARTING),
+    )
+    view.add_pending("m", "b", size_bytes=20, now_ms=NOW)
+    assert (view.capacity_bytes, view.free_bytes) == (150, 100)

@@ -18,7 +18,16 @@ from mesh.core.types import (
     VModelRecord,
 )
 from mesh.core.view import ClusterView
-from mesh.registry import Record, copy_key, encode, encode_last_used, key_of, model_key
+from mesh.registry import (
+    Record,
+    config_key,
+    copy_key,
+    encode,
+    encode_config,
+    encode_last_used,
+    key_of,
+    model_key,
+)
 from mesh.store.api import Delete, Put
 from mesh.store.memory import MemoryStore
 from mesh.view_sync import ViewSync
@@ -120,6 +129,42 @@ async def test_changes_follow_and_name_their_models() -> None:
         await now.store.delete("lastused/i")
         await now.until(result.revision + 2)
         assert list(now.view.flushed_by_the_gone()) == []
+
+
+async def test_live_settings_and_use_scores_follow_too() -> None:
+    constraints = {"onnx": {"required": ["gpu"]}}
+    store = MemoryStore()
+    await store.put(key_of(MODEL), encode(MODEL))
+    await store.put(config_key("policy"), encode_config({"hops_max": 2}))
+    await store.put("lastused/i", encode_last_used({"m": 5}, {"m": 4.25}))
+    async with running(store) as now:
+        view = now.view
+        assert view.config == {"policy": {"hops_max": 2}} and view.use_score("m") == 4.25
+        await now.until(await store.put(config_key("type_constraints"), encode_config(constraints)))
+        assert view.type_constraints["onnx"].required == ("gpu",)
+        assert now.steps[-1] == frozenset()  # of no model in particular, but a step
+        bad = await store.put(config_key("type_constraints"), b'{"onnx": {"required": "gpu"}}')
+        await now.until(bad)
+        assert now.sync.undecodable_total == 1
+        assert view.type_constraints["onnx"].required == ("gpu",)  # what was known stays
+        await now.until(await store.put("lastused/j", encode_last_used({"m": 6}, {"m": 4.5})))
+        assert (view.use_score("m"), view.last_used_at_ms("m")) == (4.5, 6)
+        await store.delete(config_key("type_constraints"))
+        await now.until(store.server.revision)
+        assert view.config == {"policy": {"hops_max": 2}} and not view.type_constraints
+
+
+async def test_settings_deleted_in_lost_history_are_gone() -> None:
+    store = MemoryStore()
+    await store.put(config_key("policy"), encode_config({"hops_max": 2}))
+    async with running(store) as now:
+        store.server.cut_watches()
+        await store.delete(config_key("policy"))
+        last = await store.put(key_of(MODEL), encode(MODEL))
+        store.server.lose_history()
+        store.server.restore_watches()
+        await now.until(last)
+        assert now.view.config == {}
 
 
 async def test_a_lease_that_runs_out_takes_the_copies_from_the_view() -> None:

@@ -1,0 +1,78 @@
+"""Live settings: what they mean to placement, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mesh.core.errors import InvalidArgument
+from mesh.core.live_config import LiveConfig, type_constraints
+from mesh.core.types import TypeConstraint
+from mesh.core.view import ClusterView
+
+GPU = {"required": ["gpu"], "preferred": ["big"]}
+
+
+def test_constraints_are_by_format() -> None:
+    assert type_constraints({"onnx": GPU, "sklearn": {}}) == {
+        "onnx": TypeConstraint("onnx", ("gpu",), ("big",)),
+        "sklearn": TypeConstraint("sklearn"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "place", "found"),
+    [
+        pytest.param({"onnx": ["gpu"]}, "type_constraints.onnx", "['gpu']", id="not an object"),
+        pytest.param(
+            {"onnx": {"needed": []}}, "type_constraints.onnx", "'needed'", id="an unknown part"
+        ),
+        pytest.param(
+            {"onnx": {"required": "gpu"}}, "type_constraints.onnx.required", "'gpu'", id="one text"
+        ),
+        pytest.param(
+            {"onnx": {"preferred": [1]}}, "type_constraints.onnx.preferred", "[1]", id="a number"
+        ),
+        pytest.param(
+            {"onnx": {"required": [""]}}, "type_constraints.onnx.required", "['']", id="no text"
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_changes_nothing(
+    value: dict[str, Any], place: str, found: str
+) -> None:
+    view = ClusterView()
+    view.put_config("type_constraints", {"onnx": GPU})
+    with pytest.raises(InvalidArgument) as caught:
+        view.put_config("type_constraints", value)
+    assert caught.value.message.startswith(f"{place}: ") and found in caught.value.message
+    assert view.type_constraints == type_constraints({"onnx": GPU})
+    assert view.config == {"type_constraints": {"onnx": GPU}}
+
+
+def test_a_format_without_an_entry_has_the_default_one() -> None:
+    view = ClusterView()
+    assert view.constraint_of("onnx") is None
+    view.put_config("type_constraints", {"onnx": GPU})
+    assert view.constraint_of("sklearn") is None
+    view.put_config("type_constraints", {"onnx": {}, "_default": GPU})
+    assert view.constraint_of("onnx") == TypeConstraint("onnx")
+    assert view.constraint_of("sklearn") == TypeConstraint("_default", ("gpu",), ("big",))
+
+
+def test_deleted_constraints_hold_no_more() -> None:
+    view = ClusterView()
+    view.put_config("type_constraints", {"onnx": GPU})
+    view.delete_config("type_constraints")
+    view.delete_config("never there")
+    assert view.constraint_of("onnx") is None and view.config == {}
+
+
+def test_a_snapshot_replaces_all_settings() -> None:
+    settings = LiveConfig()
+    settings.put("policy", {"hops_max": 2})
+    settings.put("type_constraints", {"onnx": GPU})
+    settings.replace({"policy": {"hops_max": 3}, "from_the_future": {"x": 1}})
+    assert settings.by_name == {"policy": {"hops_max": 3}, "from_the_future": {"x": 1}}
+    assert settings.type_constraints == {}
