@@ -31,8 +31,9 @@ from mesh.store.api import KeyValue, KVStore, LeaseNotFound, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-# An etcd under load answers in tens of milliseconds; one that elects a leader in a second or two.
-STORE_PATIENCE_S: Final = 2.0
+# An etcd under load answers in tens of milliseconds; one that elects a leader in a second or two. A
+# request with a deadline of 10 s still gets its answer.
+STORE_PATIENCE_S: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)

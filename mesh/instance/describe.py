@@ -17,6 +17,8 @@ def describe(pod: Pod, model_id: str) -> dict[str, Any]:
             size_bytes=copy.size_bytes,
             needed_bytes=copy.need_bytes,
             pinned=copy.pinned,
+            kept=copy.kept,
+            idle_unload_ms=copy.idle_unload_ms,
             priority=copy.priority.value,
             in_flight=copy.use.in_flight,
             last_used_at_ms=copy.use.last_used_at_ms,

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 LEASE_RETRY_S: Final = 0.5
 TICK_S: Final = 0.5
+# Not oftener, whatever the policy says: an audit reads all keys of a lease.
+AUDIT_MIN_S: Final = 1.0
 
 
 class Membership:
@@ -139,15 +141,17 @@ class Membership:
 
     async def _audits(self) -> None:
         while True:
-            await asyncio.sleep(self._pod.policy.audit_ms / 1_000)
+            await asyncio.sleep(max(AUDIT_MIN_S, self._pod.policy.audit_ms / 1_000))
             await self.audit()
 
     async def audit(self) -> None:
         """One comparison; what is found is mended by the publisher."""
+        if self._publisher.away:
+            return
         try:
             missing, excess = await self._publisher.audit()
-        except MeshError as error:
-            log.info("nothing is compared with the store now: %s", error)
+        except (MeshError, TimeoutError) as error:
+            log.info("nothing is compared with the store now: %s", error or "no answer in time")
             return
         for reason, keys in (("missing_in_store", missing), ("excess_in_store", excess)):
             for key in keys:

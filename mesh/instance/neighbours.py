@@ -103,6 +103,9 @@ class Neighbours:
             match step:
                 case Snapshot(items):
                     found = [record for item in items if (record := _instance(item)) is not None]
+                    present = {record.instance_id for record in found}
+                    for instance_id in [i for i in self.view.instances if i not in present]:
+                        self._instance_gone(instance_id)
                     self.view.replace_instances(found)
                 case Changes(events):
                     for event in events:
@@ -118,7 +121,14 @@ class Neighbours:
             return
         key = registry.parse_key(event.key)
         if key is not None:
-            self.view.delete_instance(key.name)
+            self._instance_gone(key.name)
+
+    def _instance_gone(self, instance_id: str) -> None:
+        """With what was read of its copies: no event would tell of their end."""
+        slot = self.view.instances.get(instance_id)
+        for model_id in list(slot.copies) if slot is not None else ():
+            self.view.delete_copy(model_id, instance_id)
+        self.view.delete_instance(instance_id)
 
     async def _follow_config(self) -> None:
         async for step in self._store.watch(registry.CONFIG_PREFIX):
@@ -170,7 +180,8 @@ class Neighbours:
             except registry.RecordError as error:
                 log.warning("a copy's record is skipped: %s", error)
                 continue
-            if isinstance(record, CopyRecord):
+            # On an instance that is not known (yet) it is no copy to count with.
+            if isinstance(record, CopyRecord) and record.instance_id in view.instances:
                 known.discard(record.instance_id)
                 view.put_copy(record, item.mod_revision)
         for instance_id in known:

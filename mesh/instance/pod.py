@@ -169,8 +169,10 @@ class Pod:
     def _terms(self, record: ModelRecord, *, pinned: bool) -> None:
         copy = self.cache.get(record.model_id)
         assert copy is not None
-        was_pinned = copy.pinned
-        self.apply(TermsChanged(record.model_id, pinned, _kept(record), self._idle_ms(record)))
+        was_pinned, kept, idle_ms = copy.pinned, _kept(record), self._idle_ms(record)
+        if (was_pinned, copy.kept, copy.idle_unload_ms) == (pinned, kept, idle_ms):
+            return
+        self.apply(TermsChanged(record.model_id, pinned, kept, idle_ms))
         if pinned != was_pinned:
             self._note("pin", "pinned" if pinned else "unpinned", record.model_id)
             if copy.state is CopyState.LOADED:
@@ -317,11 +319,14 @@ class Pod:
                 self._concurrency(record),
             )
             self._count(model_id, "loaded")
+            flight = self._flights.get(model_id)
             log.info(
-                "loaded %s: %d bytes in %.1f ms",
+                "loaded %s: %d bytes in %.1f ms (%s%s)",
                 model_id,
                 copy.size_bytes,
                 self.loader.load_ms.get(model_id, 0.0),
+                copy.priority.value,
+                f", {flight.wish.reason}" if flight is not None and flight.wish.reason else "",
             )
         self._failures.forget(model_id)
         self._flights.end(model_id, self._loaded_answer(model_id))

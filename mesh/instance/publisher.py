@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 # loads of a storm share their transactions.
 FLUSH_DELAY_S: Final = 0.01
 RETRY_DELAY_S: Final = 0.5
+# Writes wait while an audit reads.
+AUDIT_TIMEOUT_S: Final = 2.0
 # While the store is away that is logged this often.
 _LOG_EVERY_S: Final = 10.0
 
@@ -142,9 +144,9 @@ class Publisher:
         """Compare what stands under the lease with what ought to; keys (missing, in excess).
 
         Both become dirty: the next flush writes the ones and deletes the others. Raises
-        StoreUnavailable or LeaseNotFound.
+        StoreUnavailable or LeaseNotFound, and TimeoutError past ``AUDIT_TIMEOUT_S``.
         """
-        async with self._flushing:  # nothing of ours is on its way
+        async with self._flushing, asyncio.timeout(AUDIT_TIMEOUT_S):  # nothing is on its way
             lease = self._living()
             if lease is None:
                 return (), ()

@@ -17,6 +17,7 @@ from mesh.core.cache_check import validate
 from mesh.core.errors import LoadFailed, Unavailable
 from mesh.core.types import CopyState, LoadPriority
 from mesh.instance.answers import LoadAnswer
+from mesh.store.api import Delete
 from tests.instance.fakes import MIB, Rig, running, until, with_policy
 
 NAMES = [f"m{n}" for n in range(14)]
@@ -28,15 +29,19 @@ class Chaos:
         self.rig = rig
         self.draw = random.Random(seed)
         self.waiters: list[asyncio.Task[LoadAnswer]] = []
+        self.records: dict[str, bytes] = {}  # as routers know them: of deleted models too
 
     def step(self) -> None:
         draw, rig, name = self.draw, self.rig, self.draw.choice(NAMES)
-        match draw.randrange(12):
+        match draw.randrange(14):
             case 0 | 1 | 2 | 3 | 4:
-                wish = {"priority": draw.choice(list(LoadPriority))}
+                wish = {"priority": draw.choice(list(LoadPriority)), "pin": draw.random() < 0.2}
+                if draw.random() < 0.7:
+                    wish["record"] = self.records.get(name, b"")
                 self.waiters.append(asyncio.create_task(rig.load(name, **wish)))
             case 5:
-                rig.register(name, pinned=draw.random() < 0.1)
+                record = rig.register(name, pinned=draw.random() < 0.1)
+                self.records[name] = registry.encode(record)
                 size = draw.choice([1, 1, 2, 3]) * MIB
                 rig.runtime.sizes[name] = (size, size - draw.choice([0, 1000]))
             case 6:
@@ -60,15 +65,21 @@ class Chaos:
                 item = rig.server.get(registry.instance_key(rig.instance.instance_id))
                 if item is not None and draw.random() < 0.3:
                     rig.server.expire_lease(item.lease_id)
+            case 12:
+                rig.pod.lost(name)
+            case 13:
+                if draw.random() < 0.2:  # an outside hand
+                    key = registry.copy_key(name, rig.instance.instance_id)
+                    rig.server.apply([Delete(key)])
 
 
 @pytest.mark.parametrize("seed", range(12))
 async def test_chaos_ends_in_order(tmp_path: Path, seed: int) -> None:
     policy = with_policy(load_slots=3)
     async with running(tmp_path, capacity_bytes=CAPACITY, policy=policy) as rig:
-        for name in NAMES:
-            rig.register(name)
         chaos = Chaos(rig, seed)
+        for name in NAMES:
+            chaos.records[name] = registry.encode(rig.register(name))
         for _ in range(250):
             chaos.step()
             validate(rig.pod.cache)
@@ -92,8 +103,13 @@ async def test_chaos_ends_in_order(tmp_path: Path, seed: int) -> None:
             mine = [registry.parse_key(key) for key in rig.server.keys("copies/")]
             return {key.name for key in mine}
 
+        await until(lambda: rig.record() is not None and not rig.instance.publisher.away)
+        await rig.instance.membership.audit()
         await until(lambda: rig.record() is not None and published() == set(rig.pod.servables))
+        await until(lambda: not rig.pod.claims.unconfirmed)
         registered = {registry.parse_key(key).name for key in rig.server.keys("models/")}
         await until(lambda: set(rig.pod.servables) <= registered)
         await until(lambda: all(rig.copy(n).state is CopyState.LOADED for n in rig.pod.servables))
         assert set(rig.pod.records) == set(rig.pod.servables)
+        pinned = {c.model_id for c in cache.copies() if c.pinned}
+        await until(lambda: pinned == {n for n in rig.pod.servables if rig.copy(n).pinned})

@@ -74,6 +74,26 @@ async def test_copies_and_failures_are_known_when_they_were_read(tmp_path: Path)
         assert view.failures_of("m", 0) == ()
 
 
+async def test_an_instance_that_goes_takes_along_what_was_read_of_its_copies(
+    tmp_path: Path,
+) -> None:
+    async with several(tmp_path, 2) as (rig, other):
+        subject, other_id = rig.instance.neighbours, other.instance.instance_id
+        stand(
+            rig,
+            CopyRecord("m", other_id, CopyState.LOADED),
+            CopyRecord("m", "never seen", CopyState.LOADED),
+        )
+        await subject.read_copies("m")
+        gone = rig.server.get(registry.instance_key(other_id))
+        rig.server.apply([Delete(gone.key)])
+        await until(lambda: other_id not in subject.view.instances)
+        rig.server.apply([Put(gone.key, gone.value)])  # it had lost its lease
+        await until(lambda: other_id in subject.view.instances)
+        assert subject.view.copies_of("m") == ()
+        assert list(subject.view.copied_models()) == []
+
+
 async def test_only_the_models_looked_at_last_are_remembered(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(neighbours, "MODELS_REMEMBERED", 2)
     async with several(tmp_path, 2) as (rig, other):
