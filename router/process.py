@@ -1,11 +1,11 @@
 """The router process: puts the parts together, starts them in order, and drains on SIGTERM.
 
 Order at the start: the metrics listener (so that a router that waits can be seen waiting), the
-store, a first whole view, then gRPC and REST, then the election. Nothing is answered before the
-view has synced. On SIGTERM or SIGINT the router says that it is not ready, goes on for
-``drain_notice_ms``, sends GOAWAY, lets what is in flight finish for ``drain_timeout_ms`` at most,
-and ends with 0. When a part that must run for ever ends, the process ends with 1 for its supervisor
-to start it again.
+store, a first whole view, then gRPC and REST; now it says that it is ready, and stands for
+election. Nothing is answered before the view has synced. On SIGTERM or SIGINT the router says that
+it is not ready, goes on for ``drain_notice_ms``, sends GOAWAY, lets what is in flight finish for
+``drain_timeout_ms`` at most, and ends with 0. When a part that must run for ever ends, the process
+ends with 1 for its supervisor to start it again.
 """
 
 from __future__ import annotations
@@ -254,7 +254,6 @@ class Router:
         await self._or_failed(self.sync.wait_synced())
         gc.collect()
         self._freeze()
-        self.readiness.set_synced()
         pump_of(asyncio.get_running_loop()).on_tick = self.relay.note_queued
         grpc_port = await self.server.start(
             settings.host,
@@ -274,6 +273,8 @@ class Router:
                 reuse_port=settings.reuse_port,
                 ssl_context=rest_tls,
             )
+        # Not before everything listens: another router may be ended for this one being ready.
+        self.readiness.set_synced()
         self._for_ever("election", self.election.run())
         self._for_ever("leader", self.leader.run())
         self._for_ever("upkeep", self._upkeep())
