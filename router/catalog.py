@@ -283,6 +283,29 @@ class Catalog:
         done = await self._store.txn(conditions, operations)
         return len(operations) if done.succeeded else 0
 
+    async def delete_copies(self, pairs: Collection[tuple[str, str]]) -> int:
+        """Delete copies whose instance has no record in the store itself; returns how many went."""
+        conditions: list[Condition] = []
+        operations: list[Operation] = []
+        absent: dict[str, None] = {}
+        for model_id, instance_id in pairs:
+            key, instance_key = (
+                registry.copy_key(model_id, instance_id),
+                registry.instance_key(instance_id),
+            )
+            found = await self._store.get(key)
+            if found is None:
+                self._view.delete_copy(model_id, instance_id)
+            elif instance_key in absent or await self._store.get(instance_key) is None:
+                absent[instance_key] = None
+                conditions.append(ModRevisionIs(key, found.mod_revision))
+                operations.append(Delete(key))
+        conditions += (KeyAbsent(instance_key) for instance_key in absent)
+        if not operations:
+            return 0
+        done = await self._store.txn(conditions, operations)
+        return len(operations) if done.succeeded else 0
+
     async def delete_last_used(self, instance_ids: Collection[str]) -> None:
         """Delete the blobs of instances that are still gone in the store itself."""
         gone = [i for i in instance_ids if await self._store.get(registry.instance_key(i)) is None]

@@ -81,6 +81,7 @@ class LeaderLoop:
         self._filled = 0  # loads that ``fill`` began since the last sweep
         self._ready: frozenset[str] = frozenset()  # instances at the last look
         self._ranked: dict[str, None] = {}  # models to load ahead, by the last walk
+        self._absent: dict[str, int] = {}  # missed instances with copies -> since when
         self._plan = RepairPlan(reason="not_synced")
 
     # ---- what others read -------------------------------------------------------------------
@@ -150,6 +151,7 @@ class LeaderLoop:
             self._led = leads
             self._orders.clear()
             self._ready = frozenset()
+            self._absent = {}
             self._plan = RepairPlan(reason="not_synced")
             self._ranking_due_s = self._sweep_due_s = now_s
         return leads
@@ -237,7 +239,15 @@ class LeaderLoop:
         if not self._is_leader():
             return None
         now_ms, orders = self._now_ms(), self._orders
-        plan = plan_repair(self._view, now_ms=now_ms, policy=self._policy, tried=orders.tried())
+        missed = self._view.copies_without_instance()
+        self._absent = {i: self._absent.get(i, now_ms) for i in missed}
+        plan = plan_repair(
+            self._view,
+            now_ms=now_ms,
+            policy=self._policy,
+            tried=orders.tried(),
+            absent_since_ms=self._absent,
+        )
         self._plan = plan
         orders.tell_shortfalls(plan.shortfalls)
         for order in plan.loads:
@@ -256,6 +266,11 @@ class LeaderLoop:
             if self._is_leader() and await self._catalog.delete_orphan(model_id):
                 orders.note("repair", "orphan_model", model_id=model_id,
                             detail="no alias names it any more")  # fmt: skip
+        for model_id, instance_id in plan.delete_copies:
+            orders.note("repair", "copy_without_instance", model_id=model_id,
+                        instance_id=instance_id, detail="its instance has no record")  # fmt: skip
+        if plan.delete_copies and self._is_leader():
+            await self._catalog.delete_copies(plan.delete_copies)
         if plan.delete_failures and self._is_leader():
             await self._catalog.delete_failures(plan.delete_failures, now_ms)
         if plan.delete_last_used and self._is_leader():

@@ -76,11 +76,12 @@ class Minimums:
 
 @dataclass(frozen=True, slots=True)
 class RepairPlan:
-    """``delete_failures``, ``unload`` and ``surplus_pins`` hold (model id, instance id),
-    ``delete_last_used`` the ids of instances that are gone. ``shortfalls`` are the first ones of
-    what ``lacking`` counts: missing copies by reason."""
+    """``delete_failures``, ``delete_copies``, ``unload`` and ``surplus_pins`` hold (model id,
+    instance id), ``delete_last_used`` the ids of instances that are gone. ``shortfalls`` are the
+    first ones of what ``lacking`` counts: missing copies by reason."""
 
     delete_failures: tuple[tuple[str, str], ...] = ()
+    delete_copies: tuple[tuple[str, str], ...] = ()  # of instances without a record
     unload: tuple[tuple[str, str], ...] = ()  # copies of models that are not registered
     surplus_pins: tuple[tuple[str, str], ...] = ()
     delete_models: tuple[str, ...] = ()
@@ -93,9 +94,18 @@ class RepairPlan:
 
 
 def plan_repair(
-    view: ClusterView, *, now_ms: int, policy: Policy, tried: Tried = NOT_TRIED
+    view: ClusterView,
+    *,
+    now_ms: int,
+    policy: Policy,
+    tried: Tried = NOT_TRIED,
+    absent_since_ms: Mapping[str, int] = MappingProxyType({}),
 ) -> RepairPlan:
-    """One sweep over failures, copied models and the models with a minimum; not over all models."""
+    """One sweep over failures, copied models and the models with a minimum; not over all models.
+
+    ``absent_since_ms``: since when instances are missed that left copies behind. Their keys vanish
+    with the lease that they share; what stays was put without one, and nobody else takes it away.
+    """
     if not view.synced:
         return RepairPlan(reason="not_synced")
     bound = policy.repair_batch_max
@@ -117,6 +127,15 @@ def plan_repair(
                 (f.model_id, f.instance_id)
                 for f in view.all_failures()
                 if f.expires_at_ms <= now_ms or f.model_id not in view.models
+            ),
+        ),
+        delete_copies=_first(
+            max(1, bound // 2),  # each is compared with its instance
+            (
+                (model_id, instance_id)
+                for instance_id, copies in view.copies_without_instance().items()
+                if now_ms - absent_since_ms.get(instance_id, now_ms) > policy.orphan_grace_ms
+                for model_id in copies
             ),
         ),
         unload=_first(bound, _unregistered_copies(view)),

@@ -449,6 +449,10 @@ class ClusterView:
         for slot in self.instances.values():
             yield from slot.copies.values()
 
+    def copies_without_instance(self) -> Mapping[str, Mapping[str, CopyRecord]]:
+        """By the id of an instance that has no record, and by model."""
+        return self._absent
+
     def copied_models(self) -> Iterable[str]:
         """Ids of models with a copy somewhere, registered or not."""
         return self._copies.keys()

@@ -385,3 +385,12 @@ def test_nothing_is_decided_before_the_view_has_synced() -> None:
     view.put_instance(instance("a"))
     view.put_copy(copy("m", "a"))
     assert plan_repair(view, now_ms=NOW, policy=POLICY) == RepairPlan(reason="not_synced")
+
+
+def test_copies_of_an_instance_that_has_been_missed_for_long_go() -> None:
+    view = view_of(model(), copy("m", "ghost"), copy("m", "late"), instance("a"), copy("m", "a"))
+    grace_ms = POLICY.orphan_grace_ms
+    since = {"ghost": NOW - grace_ms - 1, "late": NOW - grace_ms, "a": 0}
+    plan = plan_repair(view, now_ms=NOW, policy=POLICY, absent_since_ms=since)
+    assert plan.delete_copies == (("m", "ghost"),)
+    assert plan_repair(view, now_ms=NOW, policy=POLICY).delete_copies == ()
