@@ -15,7 +15,7 @@ async def test_a_router_is_not_ready_before_it_listens(tmp_path: Path, port: str
     """Whoever replaces routers one by one ends the next one when this one is ready."""
     async with mesh(tmp_path, routers=0, pods=0) as rig:
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            with pytest.raises(OSError, match="cannot listen|in use"):
+            with pytest.raises(OSError, match=r"cannot listen|in use"):
                 await rig.add_router(**{port: taken.getsockname()[1]})
             assert not was_ready(rig)
         await rig.add_router()
