@@ -99,10 +99,11 @@ class Dispatcher:
         self._budget = RetryBudget(policy, _steady_ms())
         self._room = WaitingRoom(view, policy, self._resume)
         self._noted_s: dict[str, float] = {}
-        self._hits = 0  # moved into the metrics when they are read, not by every request
-        self._hits_told = 0
-        self._others = 0  # calls that were no plain hits
-        self._inflight = 0
+        # Counts that only grow; what others want to know is made of them when they ask.
+        self._routed = 0
+        self._ended = 0
+        self._missed = 0  # calls that found no copy at once, or no model
+        self._hits_told = 0  # moved into the metrics when they are read, not by every request
         peers.on_watch = self._watched
         peers.on_back = self._back
 
@@ -116,7 +117,7 @@ class Dispatcher:
 
     def route(self, call: Call) -> None:
         """The name is known: forward, wait for a load, or fail."""
-        self._inflight += 1
+        self._routed += 1
         entry = self._entries.get(call.model_name)
         if entry is None or entry.epoch != self._view.routes_epoch:
             entry = self._table.refresh(call.model_name)
@@ -131,7 +132,6 @@ class Dispatcher:
             return
         copy = copies[0] if len(copies) == 1 else pick(copies, self._draw())
         copy.inflight += 1
-        self._hits += 1
         call.context = copy
         call.forward(copy.upstream, entry.model_id_field)
 
@@ -155,11 +155,11 @@ class Dispatcher:
                 self._peers.connect_failed(copy.instance_id)
             elif failure in _IN_VAIN:
                 journey.failures += 1
-                if failure is not Failure.SILENT:  # that has been noticed already
+                if failure is Failure.LOST:  # silence was noticed already, a refusal is an answer
                     self._peers.attempt_failed(copy.instance_id)
         if journey.failures >= self._policy.hops_max:
             self._fail(call, "hops_exhausted", self._gave_up(journey, copy, failure))
-        elif failure in _CHARGED and not self._budget.take(self._requests, _steady_ms()):
+        elif failure in _CHARGED and not self._budget.take(self._routed, _steady_ms()):
             self._metrics.counter("retries_refused")
             self._fail(call, "retry_budget", self._no_budget(journey, copy, failure))
         else:
@@ -169,7 +169,7 @@ class Dispatcher:
     def done(self, call: Call, code: int, now_s: float) -> None:
         """The call is over, whatever came of it."""
         context = call.context
-        self._inflight -= 1
+        self._ended += 1
         if type(context) is CopyRoute:
             context.inflight -= 1
             context.used_s = now_s
@@ -197,7 +197,7 @@ class Dispatcher:
     @property
     def inflight(self) -> int:
         """Calls of clients that have not ended."""
-        return self._inflight
+        return self._routed - self._ended
 
     @property
     def waiting(self) -> int:
@@ -207,7 +207,7 @@ class Dispatcher:
     @property
     def retries_left(self) -> int:
         """What the retry budget allows now."""
-        return self._budget.left(self._requests, _steady_ms())
+        return self._budget.left(self._routed, _steady_ms())
 
     def inflight_on(self, model_id: str, instance_id: str) -> int:
         return self._table.inflight_on(model_id, instance_id)
@@ -227,18 +227,15 @@ class Dispatcher:
 
     def publish_counters(self) -> None:
         """Move what the hit path counted into the metrics; called before they are rendered."""
-        self._metrics.add("hits", self._hits - self._hits_told)
-        self._hits_told = self._hits
+        hits = self._routed - self._missed
+        self._metrics.add("hits", hits - self._hits_told)
+        self._hits_told = hits
 
     def prune(self) -> None:
         """Forget what is gone, a slice at a time; to be called every few seconds."""
         self._table.prune()
 
     # ---- instances that do not answer --------------------------------------------------------
-
-    @property
-    def _requests(self) -> int:
-        return self._hits + self._others
 
     def _note_end(self, copy: CopyRoute, code: int, took_s: float) -> None:
         """What the end of a call tells of the instance."""
@@ -254,7 +251,6 @@ class Dispatcher:
             if self._peers.outliers.wants_probe(copy.instance_id, now_ms):
                 self._peers.outliers.probe_sent(copy.instance_id, now_ms)
                 copy.inflight += 1
-                self._hits += 1
                 call.context = copy
                 call.forward(copy.upstream, entry.model_id_field)
                 return True
@@ -262,7 +258,7 @@ class Dispatcher:
 
     def _watched(self, now_s: float) -> None:
         """Behind each look at the connections."""
-        self._budget.note(self._requests, int(now_s * 1_000))
+        self._budget.note(self._routed, int(now_s * 1_000))
         self._room.look(now_s)
 
     def _back(self, instance_id: str) -> None:
@@ -280,7 +276,7 @@ class Dispatcher:
             journey.copy = context
             journey.model_id = context.model_id
         else:
-            self._others += 1
+            self._missed += 1
         call.context = journey
         return journey
 

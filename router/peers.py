@@ -123,12 +123,14 @@ class Peers:
     def watch(self, now_s: float) -> None:
         """Look at every connection; to be called every 100 ms or so."""
         troubled: list[tuple[Peer, Patience]] = []
-        for instance_id, peer, patience in self._ways():
-            peer.watch(now_s, patience)
-            if peer.silent_since_s:
-                self._silent.add(instance_id)
-            if peer.troubled:
-                troubled.append((peer, patience))
+        # Lists, because what is found out may make another connection.
+        for instance_id, upstream in list(self._upstreams.items()):
+            if upstream.look_at_s <= now_s:
+                self._look(instance_id, upstream, now_s, self._patience, troubled)
+        for instance_id, channel in list(self._channels.items()):
+            if channel.peer.look_at_s <= now_s:
+                patience = self._patience_of_channels
+                self._look(instance_id, channel.peer, now_s, patience, troubled)
         for instance_id in tuple(self._silent):
             self._judge(instance_id, now_s)
         self._try_connections()
@@ -143,17 +145,19 @@ class Peers:
             peer.relieve(now_s, patience)
         self.on_watch(now_s)
 
-    def _ways(self) -> list[tuple[str, Peer, Patience]]:
-        """Upstreams first. A list, because what is found out may make another connection."""
-        patience, for_channels = self._patience, self._patience_of_channels
-        found: list[tuple[str, Peer, Patience]] = [
-            (instance_id, upstream, patience) for instance_id, upstream in self._upstreams.items()
-        ]
-        found += [
-            (instance_id, channel.peer, for_channels)
-            for instance_id, channel in self._channels.items()
-        ]
-        return found
+    def _look(
+        self,
+        instance_id: str,
+        peer: Peer,
+        now_s: float,
+        patience: Patience,
+        troubled: list[tuple[Peer, Patience]],
+    ) -> None:
+        peer.watch(now_s, patience)
+        if peer.silent_since_s:
+            self._silent.add(instance_id)
+        if peer.look_at_s <= now_s and peer.troubled:
+            troubled.append((peer, patience))
 
     def _judge(self, instance_id: str, now_s: float) -> None:
         """An instance is silent when one of its ways is, and nothing came on the other since."""

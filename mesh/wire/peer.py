@@ -74,6 +74,7 @@ class Peer:
         self.closed = False
         # Since then nothing has come from the peer although it was asked; 0.0: it answers.
         self.silent_since_s = 0.0
+        self.look_at_s = 0.0  # nothing can be new for ``watch`` before
         self._watched_s = 0.0
         self._fair_from_s = 0.0  # before that this process itself was held up
 
@@ -156,24 +157,25 @@ class Peer:
         return max((x.conn.last_read_s for x in self._links if x.conn.settings_seen), default=0.0)
 
     def watch(self, now_s: float, patience: Patience) -> None:
-        """Ask what is quiet with a PING, and note what does not answer. Every 100 ms or so.
+        """Ask what is quiet with a PING, and note what does not answer.
 
         Anything that was read is an answer. Tells nobody: see ``silent_since_s`` and ``relieve``.
+        To be called every 100 ms or so from ``look_at_s`` on, which is now while it is in doubt.
         """
-        if now_s - self._watched_s > patience.late_s:
+        if now_s - self._watched_s > patience.late_s + patience.ping_after_s:
             self._fair_from_s = now_s
         self._watched_s = now_s
         fair_s = self._fair_from_s
+        calm = self._connecting is None and not self.silent_since_s
         for link in self._links:
             conn = link.conn
             asked_s = conn.ping_sent_s
-            if not conn.settings_seen or conn.closed:
-                continue
             if not asked_s:
                 wait_s = patience.ping_after_s if conn.streams else patience.idle_ping_s
-                if now_s - conn.last_read_s >= wait_s:
-                    conn.ping_sent_s = now_s
-                    conn.control(_PING)
+                if now_s - conn.last_read_s < wait_s or not conn.settings_seen or conn.closed:
+                    continue
+                conn.ping_sent_s = now_s
+                conn.control(_PING)
             elif conn.last_read_s >= asked_s:
                 conn.ping_sent_s = 0.0
                 conn.silent = False
@@ -181,6 +183,11 @@ class Peer:
                 self._fell_silent(asked_s, now_s)
                 if now_s - asked_s >= patience.silent_close_s:
                     link.abort()
+            calm = False
+        if calm:
+            self.look_at_s = now_s + patience.ping_after_s
+            return
+        self.look_at_s = now_s
         connecting = self._connecting is not None
         if connecting and now_s - max(self._connecting_since_s, fair_s) >= patience.connect_s:
             self._fell_silent(self._connecting_since_s, now_s)

@@ -49,6 +49,7 @@ class FakePeer:
         self.address = address
         self.silent_since_s = 0.0
         self.heard_s = 1.0
+        self.look_at_s = 0.0
         self.troubled = False
         self.listens = True
         self.relieved = 0

@@ -292,6 +292,17 @@ def test_a_draining_copy_refuses_and_the_call_goes_on(world) -> None:
     assert not world.peers.avoided(), "to drain is no fault"
 
 
+@pytest.mark.parametrize("failure", [Failure.REFUSED, Failure.NOT_HERE, Failure.OVERLOADED])
+def test_who_refuses_often_is_not_passed_over_for_it(world, failure) -> None:
+    """A refusal is an answer; an instance that leaves refuses many calls at once."""
+    two_copies(world)
+    for _ in range(5):
+        call = world.call("m")
+        world.copy("m", "a")
+        fail(world, call, failure)
+    assert not world.peers.avoided()
+
+
 # ---- the budget ----------------------------------------------------------------------------------
 
 
