@@ -11,7 +11,15 @@ import grpc
 import pytest
 
 from mesh import registry
-from mesh.admin_views import DecisionList, DecisionRow, InstanceRow, ModelRow, decode, decode_list
+from mesh.admin_views import (
+    DecisionList,
+    DecisionRow,
+    Explanation,
+    InstanceRow,
+    ModelRow,
+    decode,
+    decode_list,
+)
 from mesh.core.types import InstanceRecord, InstanceState
 from mesh.store.api import Put
 from protos import mesh_admin_pb2 as pb
@@ -239,3 +247,50 @@ async def test_what_a_router_cannot_understand_of_another_it_refuses(
         async with rig.http.get(url) as reply:
             assert reply.status == 400
             assert "limit" in await reply.text()
+
+
+# ---- where a request would go --------------------------------------------------------------------
+
+
+async def explained(rig: MeshRig, name: str) -> Explanation:
+    reply = await rig.call(ADMIN + "Explain", pb.ExplainRequest(name=name), pb.ExplainResponse)
+    return decode(Explanation, reply.json)
+
+
+async def test_without_an_instance_a_request_would_wait_for_one(tmp_path: Path) -> None:
+    async with mesh(tmp_path, pods=0) as rig:
+        await rig.register("m")
+        told = await explained(rig, "m")
+        assert (told.action, told.code, told.instance_id) == ("wait", "UNAVAILABLE", "")
+        assert told.reason and told.text
+
+
+async def test_what_speaks_against_an_instance_is_told_with_it(tmp_path: Path) -> None:
+    async with mesh(tmp_path) as rig:
+        gone = rig.pods[0].instance.instance_id
+        other = (await rig.add_pod(zone="z2", labels=("gpu",))).instance.instance_id
+        await rig.register("m", preferred_labels=("gpu",))
+        rig.routers[0].peers.connect_failed(gone)
+        told = await explained(rig, "m")
+        assert (told.action, told.instance_id) == ("load", other)
+        by_id = {one.instance_id: one for one in told.candidates}
+        assert by_id[gone].marks == ("avoided", "not_preferred")
+        assert "avoided" in by_id[gone].reason
+        assert (by_id[other].marks, by_id[other].zone) == ((), "z2")
+
+
+async def test_a_label_that_no_instance_has_is_named(tmp_path: Path) -> None:
+    async with mesh(tmp_path) as rig:
+        await rig.register("m", required_labels=("tpu",))
+        told = await explained(rig, "m")
+        assert (told.action, told.reason) == ("refused", "no_label")
+        assert "tpu" in told.text
+
+
+async def test_copies_that_lack_are_explained(tmp_path: Path) -> None:
+    async with mesh(tmp_path) as rig:
+        await rig.register("m", min_copies=2)
+        await rig.infer("m", 1.0)
+        told = await explained(rig, "m")
+        assert told.action == "hit"
+        assert "1 missing" in told.shortfall

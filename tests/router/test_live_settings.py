@@ -68,6 +68,19 @@ async def test_what_is_set_holds_for_every_router_and_what_is_unset_does_not(
     assert mesh.server.get(KEY) is None
 
 
+async def test_instances_follow_too(mesh: MeshRig) -> None:
+    await mesh.add_router()
+    pod = await mesh.add_pod()
+    await until(pod.instance.neighbours.synced.is_set)
+    await set_policy(mesh, set={"load_slots": 7})
+    await until(lambda: pod.instance.pod.policy.load_slots == 7)
+    instance_id = pod.instance.instance_id
+    view = mesh.routers[0].view
+    await until(lambda: view.instances[instance_id].record.load_slots == 7)
+    await set_policy(mesh, unset=["load_slots"])
+    await until(lambda: pod.instance.pod.policy.load_slots == POLICY.load_slots)
+
+
 async def test_a_list_tells_where_each_value_is_from_and_why_it_is_so(mesh: MeshRig) -> None:
     await mesh.add_router(policy=overridden(POLICY, {"hops_max": 5}))
     view = await get_policy(mesh)
