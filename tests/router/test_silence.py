@@ -297,9 +297,9 @@ def test_who_refuses_often_is_not_passed_over_for_it(world, failure) -> None:
     """A refusal is an answer; an instance that leaves refuses many calls at once."""
     two_copies(world)
     for _ in range(5):
-        call = world.call("m")
-        world.copy("m", "a")
-        fail(world, call, failure)
+        for instance_id in ("a", "b"):
+            world.copy("m", instance_id)
+        fail(world, world.call("m"), failure)
     assert not world.peers.avoided()
 
 
