@@ -305,3 +305,92 @@ def test_delete_says_what_went_and_what_was_not_there(router: FakeRouter, mesh: 
 
 def test_delete_takes_only_models(mesh: Mesh) -> None:
     assert mesh("delete", "instance", "i-1").exit_code == 2
+
+
+# ---- what a placement goes by --------------------------------------------------------------------
+
+SHORTFALL = "1 missing, no_room: nothing rests for longer"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "fields", "column", "shown"),
+    [
+        ("copies that lack, and why", {"copies_wanted": 2, "copies_loaded": 1,
+         "shortfall": SHORTFALL}, "LACKS", f"1 of 2: {SHORTFALL}"),
+        ("copies that are on their way", {"copies_wanted": 2, "copies_loaded": 1}, "LACKS",
+         "1 of 2"),
+        ("copies enough", {"copies_wanted": 2, "copies_loaded": 2}, "LACKS", "-"),
+        ("no number is wanted", {}, "LACKS", "-"),
+        ("a pinned copy that is not kept yet", {"copies_wanted": 1, "copies_loaded": 1,
+         "shortfall": SHORTFALL}, "LACKS", f"1 of 1: {SHORTFALL}"),
+        ("unloaded after a while", {"idle_unload_ms": 1_800_000}, "IDLE UNLOAD", "30m"),
+        ("never unloaded", {"idle_unload_ms": 0}, "IDLE UNLOAD", "never"),
+        ("unloaded when the policy says", {}, "IDLE UNLOAD", "as the policy has it"),
+        ("labels that it needs and likes", {"required_labels": ["gpu"],
+         "preferred_labels": ["ssd"]}, "LABELS", "gpu, ssd (preferred)"),
+        ("no labels", {}, "LABELS", "-"),
+    ],
+)  # fmt: skip
+def test_wide_models_show(
+    router: FakeRouter, mesh: Mesh, sentence: str, fields: dict[str, Any], column: str, shown: str
+) -> None:
+    router.rows["models"] = [row("iris", **fields)]
+    head, line = mesh("get", "models", "-o", "wide").stdout.splitlines()
+    assert line[head.index(column) :].split("  ")[0] == shown
+
+
+@pytest.mark.parametrize(
+    ("sentence", "fields", "column", "shown"),
+    [
+        ("one that does not answer", {"passed_over": True}, "STATE", "READY (passed over)"),
+        ("one that does", {}, "STATE", "READY"),
+        ("its zone", {"zone": "z1"}, "ZONE", "z1"),
+        ("its labels", {"labels": ["gpu", "ssd"]}, "LABELS", "gpu,ssd"),
+        ("its group and generation", {"group": "g", "replica_set": "r2"}, "GROUP", "g/r2"),
+        ("the worth of what would go", {"victim_score": 12.345}, "VICTIM SCORE", "12.3"),
+        ("nothing that could go", {}, "VICTIM SCORE", "-"),
+    ],
+)
+def test_wide_instances_show(
+    router: FakeRouter, mesh: Mesh, sentence: str, fields: dict[str, Any], column: str, shown: str
+) -> None:
+    router.rows["instances"] = [{"instance_id": "i-1", "state": "READY", **fields}]
+    head, line = mesh("get", "instances", "-o", "wide").stdout.splitlines()
+    assert line[head.index(column) :].split("  ")[0] == shown
+
+
+def test_describe_shows_pins_labels_and_what_lacks(router: FakeRouter, mesh: Mesh) -> None:
+    view = {
+        "row": row("iris", copies_wanted=1, copies_loaded=1, shortfall=SHORTFALL),
+        "active": {
+            "model_id": "iris__isvc-0",
+            "pinned": True,
+            "idle_unload_ms": 1_800_000,
+            "required_labels": ["gpu"],
+            "copies": [{"instance_id": "i-1", "state": "LOADED", "pinned": True}],
+        },
+    }
+    reply = pb.DescribeResponse(json=json.dumps(view)).SerializeToString()
+    router.answers["Describe"] = lambda request: reply
+    text = mesh("describe", "model", "iris").stdout
+    for line in ("Lacks:      1 of 1", "Idle unload:  30m", "Wants labels: gpu", ", pinned\n"):
+        assert line in text
+
+
+def test_explain_shows_zones_marks_and_what_lacks(router: FakeRouter, mesh: Mesh) -> None:
+    view = {
+        "name": "iris",
+        "model_id": "iris__isvc-0",
+        "action": "wait",
+        "candidates": [
+            {"instance_id": "i-1", "reason": "9 bytes free; hot", "rank": 1, "zone": "z1"},
+            {"instance_id": "i-2", "reason": "draining"},
+        ],
+        "shortfall": SHORTFALL,
+    }
+    reply = pb.ExplainResponse(json=json.dumps(view)).SerializeToString()
+    router.answers["Explain"] = lambda request: reply
+    lines = mesh("explain", "iris").stdout.splitlines()
+    assert lines[0] == "iris -> iris__isvc-0: wait"
+    assert "  1.  i-1 in z1  9 bytes free; hot" in lines
+    assert f"Lacks:      {SHORTFALL}" in lines
