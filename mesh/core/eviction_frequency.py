@@ -193,7 +193,8 @@ class FrequencyOrder:
             coming.counts, coming.at = list(past.counts), past.at
             coming.load_ms = past.load_ms
             coming.age_to(self._clock)
-        elif not newcomer.uses_per_s:  # nothing is known but when it was used
+        elif not newcomer.uses_per_s or not self._pace_turns:
+            # Nothing is known but when it was used, or there is nothing to measure it by yet.
             return newcomer.last_used_at_ms > (here.use.last_used_at_ms if here.use else 0)
         self._bring_past(coming, newcomer.uses_per_s)
         coming.size_bytes = max(1, newcomer.size_bytes)

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mesh.core.types import CopyState, InstanceState
 from mesh.instance.answers import LoadOutcome
 from mesh.store.memory import MemoryStore
@@ -182,8 +184,11 @@ async def test_moves_end_in_time_for_requests_in_flight(tmp_path: Path) -> None:
         assert leaving.record() is None
 
 
-async def test_a_full_neighbour_makes_room_for_what_was_used_later(tmp_path: Path) -> None:
-    policy = {"first_use_grace_ms": 0, "eviction_order": "lru"}
+@pytest.mark.parametrize("order", ["lru", "frequency"])
+async def test_a_full_neighbour_makes_room_for_what_was_used_later(
+    tmp_path: Path, order: str
+) -> None:
+    policy = {"first_use_grace_ms": 0, "eviction_order": order}
     async with several(tmp_path, 2, capacity_bytes=7 * MIB // 2, policy=policy) as (leaving, other):
         size = {"size_bytes_stated": MIB, "size_bytes_measured": MIB}
         for name in "abc":
@@ -192,7 +197,7 @@ async def test_a_full_neighbour_makes_room_for_what_was_used_later(tmp_path: Pat
         leaving.register("moved", **size)
         await hold(leaving, "moved")
         use = leaving.pod.servables["moved"].use
-        use.last_used_at_ms = leaving.instance.clock.now_ms()
+        use.uses, use.last_used_at_ms = 1_000, leaving.instance.clock.now_ms()
         await leaving.instance.drain()
         assert "moved" in other.pod.servables
         assert len(other.pod.servables.keys() & set("abc")) == 2
