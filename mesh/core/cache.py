@@ -18,10 +18,11 @@ Rules:
   the unload buffer.
 * The unload buffer is a share of the capacity that admissions keep free by evicting ahead, so that
   most loads need not wait for an unload.
-* Memory goes to waiting loads in the order in which they came: a large one is not starved. A load
-  whose memory is all in use waits for it, at most ``memory_wait_ms``: requests end, and one that
-  is rejected at once comes back and back. So when more models are asked for than fit, each copy
-  serves those who waited for it, then makes room for the next.
+* Memory goes to waiting loads in the order in which they came: a large one is not starved. An
+  awaited load whose memory is all in use waits for it, at most ``memory_wait_ms``: requests end,
+  and one that is rejected at once comes back and back. So when more models are asked for than fit,
+  each copy serves those who waited for it, then makes room for the next. When no copy rests for a
+  quarter of that time, the first in order takes no more requests, ends those inside, and goes.
 * A copy unused for its idle time-out goes at the next ``Tick``, unless it is pinned or kept.
 
 Not for use from several threads; fetches no time and no chance.
@@ -32,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from mesh.core.cache_answers import rejection, too_large
+from mesh.core.cache_answers import outgrown, rejection, too_large, too_slow
 from mesh.core.cache_events import (
     AbandonLoad,
     CopyEvent,
@@ -73,7 +74,7 @@ from mesh.core.cache_table import (
     T,
     Trigger,
 )
-from mesh.core.errors import Code, LoadFailed, MeshError, NotFound
+from mesh.core.errors import MeshError, NotFound
 from mesh.core.types import CopyState
 
 
@@ -305,9 +306,7 @@ class Cache:
         if copy.state in (QUEUED, WAITING):
             self._reject(copy, Reason.MEMORY_TIMEOUT)
             return
-        error = LoadFailed(
-            f"loading model {copy.model_id!r} took longer than its time-out", code=Code.UNAVAILABLE
-        )
+        error = too_slow(copy.model_id)
         self._out.append(LoadEnded(copy.model_id, Reason.LOAD_TIMEOUT, copy.size_bytes, error))
         self._enter_unloading(copy, Reason.LOAD_TIMEOUT, now_ms)
 
@@ -319,11 +318,7 @@ class Cache:
         error = (
             too_large(copy.model_id, copy.size_bytes, self.config.capacity_bytes)
             if final
-            else LoadFailed(
-                f"model {copy.model_id!r} takes {copy.size_bytes} bytes, "
-                f"{copy.overrun_bytes} more than predicted, and nothing can make room for them",
-                code=Code.UNAVAILABLE,
-            )
+            else outgrown(copy.model_id, copy.size_bytes, copy.overrun_bytes)
         )
         reason = Reason.TOO_LARGE if final else Reason.MEASURED_TOO_LARGE
         self._out.append(LoadEnded(copy.model_id, reason, copy.size_bytes, error))
@@ -424,6 +419,9 @@ class Cache:
 
     def _settle(self, now_ms: int) -> None:
         """Hand out what is free, in order, then evict for who still waits."""
+        if not self._active:
+            self.awaiting_idle = False
+            return
         self._settle_measured(now_ms)
         for copy in self._waiting():
             if self.used_bytes + copy.need_bytes > self.config.capacity_bytes:
@@ -443,7 +441,7 @@ class Cache:
         for copy in sorted(sizing, key=lambda copy: copy.sequence):
             if not copy.overrun_bytes or self.used_bytes <= self.config.capacity_bytes:
                 self._step(copy, T.MEMORY_GRANTED, None, now_ms)
-            elif not copy.awaited:  # it took more than it may: nobody is evicted for that
+            elif copy.proactive:  # nobody is evicted for that
                 self._step(copy, T.NO_MEMORY, None, now_ms)
         # Those left exceed their predictions. When even all that may go cannot make room, the
         # youngest of them goes itself; else they would wait for each other.
@@ -472,32 +470,38 @@ class Cache:
         """Evict for what waits, and ahead for the unload buffer while awaited loads go on. Whether
         a slot has become free, of a load that is worth less than what would have to go."""
         waiting = self._waiting()
-        leaving = 0
+        claims = [(copy, copy.need_bytes) for copy in waiting if not copy.awaited]
+        wanted = self.used_bytes - self.config.capacity_bytes
         idle_wanted = awaited = False
         for copy in self._active.values():
             if copy.state is UNLOADING:
-                leaving += copy.size_bytes
+                wanted -= copy.size_bytes
                 idle_wanted = idle_wanted or copy.use.in_flight > 0
+            elif copy.state is SIZING and not copy.awaited:
+                wanted -= copy.overrun_bytes
+                claims.append((copy, copy.overrun_bytes))
             awaited = awaited or (copy.awaited and copy.state in (WAITING, LOADING))
-        wanted = self.used_bytes - leaving - self.config.capacity_bytes
-        needs = sum(copy.need_bytes for copy in waiting if copy.awaited)
         buffer = self.config.unload_buffer_bytes if awaited else 0
-        short = self._evict(wanted + needs + buffer, None, now_ms)
-        wanted = short - buffer
-        for copy in waiting:
-            if copy.awaited:
-                continue
-            wanted = self._evict(wanted + copy.need_bytes, copy, now_ms)
+        wanted += sum(copy.need_bytes for copy in waiting if copy.awaited)
+        short = self._evict(wanted + buffer, now_ms)
+        if short > buffer and any(self._room.out_of_patience(copy, now_ms) for copy in waiting):
+            short = self._evict(short, now_ms, busy_too=True)
+            idle_wanted = True
+        wanted, refused = short - buffer, False
+        for copy, bytes_ in claims:
+            wanted = self._evict(wanted + bytes_, now_ms, copy)
             if wanted > 0:
-                wanted -= copy.need_bytes
+                wanted, refused = wanted - bytes_, True
                 self._step(copy, T.NO_MEMORY, None, now_ms)
         self.awaiting_idle = idle_wanted or (short > 0 and self._over_or_waiting())
-        return any(copy.state is REMOVED for copy in waiting)
+        return refused
 
-    def _evict(self, wanted_bytes: int, load: Copy | None, now_ms: int) -> int:
+    def _evict(
+        self, wanted_bytes: int, now_ms: int, load: Copy | None = None, *, busy_too: bool = False
+    ) -> int:
         """Returns what is still wanting; below zero when there is more than was wanted."""
         while wanted_bytes > 0:
-            victim = self._room.victim(now_ms, load)
+            victim = self._room.victim(now_ms, load, busy_too=busy_too)
             if victim is None:
                 break
             wanted_bytes -= self._copies[victim].size_bytes

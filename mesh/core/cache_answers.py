@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from mesh.core.cache_events import Reason, RejectLoad
-from mesh.core.errors import LoadFailed
+from mesh.core.errors import Code, LoadFailed
 
 _WHY: Final[Mapping[Reason, str]] = {
     Reason.DRAINING: "this instance is draining",
@@ -30,4 +30,18 @@ def too_large(model_id: str, size_bytes: int, capacity_bytes: int) -> LoadFailed
     return LoadFailed(
         f"model {model_id!r} needs {size_bytes} bytes; this instance has {capacity_bytes} for all "
         "its models. Give instances more capacity"
+    )
+
+
+def outgrown(model_id: str, size_bytes: int, overrun_bytes: int) -> LoadFailed:
+    return LoadFailed(
+        f"model {model_id!r} takes {size_bytes} bytes, {overrun_bytes} more than predicted, and "
+        "nothing can make room for them",
+        code=Code.UNAVAILABLE,
+    )
+
+
+def too_slow(model_id: str) -> LoadFailed:
+    return LoadFailed(
+        f"loading model {model_id!r} took longer than its time-out", code=Code.UNAVAILABLE
     )

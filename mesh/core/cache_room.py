@@ -3,7 +3,8 @@
 Owns the eviction order and the books of copies that are pinned, kept, or to go when they rest.
 Evicts nothing itself: the cache asks, and moves the copies. Who may go:
 
-* no copy that is pinned, has requests inside, or was loaded for requests that are on their way;
+* no copy that is pinned, has requests inside, or was loaded for requests that are on their way
+  (one with requests inside only when a load has waited for long and no copy rests);
 * ``kept`` copies only after all others, as long as they are within their share of the capacity
   (the most recently used come first into it), and only for a load that somebody waits for;
 * for a load that nobody waits for, only copies that are worth less than what it brings.
@@ -69,26 +70,34 @@ class Room:
 
     # ---- who goes ----
 
-    def victim(self, now_ms: int, load: Copy | None = None) -> str | None:
-        """The copy that should go now, for ``load`` when nobody waits for that."""
+    def victim(
+        self, now_ms: int, load: Copy | None = None, *, busy_too: bool = False
+    ) -> str | None:
+        """The copy that should go now, for ``load`` when nobody waits for that; ``busy_too``: it
+        may have requests inside, and goes when they have ended."""
         protected = self._protected()
 
         def may_go(model_id: str) -> bool:
-            return model_id not in protected and self.evictable(model_id, now_ms)
+            return model_id not in protected and self.evictable(model_id, now_ms, busy_too)
 
         found = self._order.first(may_go)
         if load is not None and load.priority is not LoadPriority.AWAITED:
             newcomer = self._newcomer(load, now_ms, asked_for=False)
             return found[0] if found and self._order.outranks(newcomer, found[0]) else None
         if not found and protected:
-            found = self._order.first(lambda model_id: self.evictable(model_id, now_ms))
+            found = self._order.first(lambda model_id: self.evictable(model_id, now_ms, busy_too))
         return found[0] if found else None
 
-    def evictable(self, model_id: str, now_ms: int) -> bool:
+    def evictable(self, model_id: str, now_ms: int, busy_too: bool = False) -> bool:
         copy = self._copies[model_id]
-        if copy.pinned or copy.use.in_flight:
+        if copy.pinned or (copy.use.in_flight and not busy_too):
             return False
         return not copy.awaits_first_use(now_ms, self.config.first_use_grace_ms)
+
+    def out_of_patience(self, load: Copy, now_ms: int) -> bool:
+        """It has waited for a copy that rests for a quarter of what it may wait in all."""
+        wait_ms = self.config.memory_wait_ms
+        return load.awaited and wait_ms > 0 and now_ms - load.waiting_at_ms >= wait_ms / 4
 
     def would_churn(self, now_ms: int) -> bool:
         if not self.config.min_churn_age_ms:
@@ -113,10 +122,6 @@ class Room:
             and not (copy.pinned or copy.kept or copy.use.in_flight)
             and now_ms - max(copy.use.last_used_at_ms, copy.loaded_at_ms) >= copy.idle_unload_ms
         ]
-
-    @property
-    def has_idle_time_outs(self) -> bool:
-        return bool(self._resting)
 
     def oldest_use_at_ms(self) -> int:
         return self._order.oldest_use_at_ms()

@@ -25,8 +25,10 @@ class Driver:
         buffer: int = 0,
         churn_ms: int = 0,
         grace_ms: int = 0,
+        **fields: object,
     ) -> None:
-        self.cache = Cache(CacheConfig(capacity, slots, buffer, 10, churn_ms, grace_ms))
+        config = CacheConfig(capacity, slots, buffer, 10, churn_ms, grace_ms, **fields)  # type: ignore[arg-type]
+        self.cache = Cache(config)
         self.now_ms = 1_000_000
 
     def send(self, event: Event, after_ms: int = 1) -> tuple[Instruction, ...]:
@@ -60,6 +62,7 @@ class Driver:
         if change > 0:
             self.now_ms += 1
             use.last_used_at_ms = self.now_ms
+            use.uses += 1
 
     def touch(self, model_id: str) -> None:
         self.use(model_id, +1)

@@ -7,6 +7,8 @@ measured above its prediction.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -16,6 +18,7 @@ from mesh.core.cache_events import (
     BecameIdle,
     Drain,
     Event,
+    Instruction,
     LoadBroken,
     LoadEnded,
     LoadFinished,
@@ -32,7 +35,9 @@ from mesh.core.cache_events import (
     UnloadFinished,
     UnloadWanted,
 )
+from mesh.core.cache_table import HOLDS_SLOT, Copy
 from mesh.core.errors import Unavailable
+from mesh.core.eviction import ORDERS
 from mesh.core.types import CopyState, LoadPriority
 from tests.core.cache_driver import Driver
 
@@ -52,13 +57,38 @@ class Storm(RuleBasedStateMachine):
         self.waiters: set[str] = set()
         self.published: set[str] = set()
 
-    @initialize(slots=st.integers(1, 3), buffer=st.sampled_from([0, 5, 20]))
-    def start(self, slots: int, buffer: int) -> None:
-        self.driver = Driver(CAPACITY, slots, buffer)
+    @initialize(
+        slots=st.integers(1, 3),
+        buffer=st.sampled_from([0, 5, 20]),
+        order=st.sampled_from(sorted(ORDERS)),
+        wait_ms=st.sampled_from([0, 400]),
+        kept_share=st.sampled_from([0.0, 0.5, 1.0]),
+    )
+    def start(self, slots: int, buffer: int, order: str, wait_ms: int, kept_share: float) -> None:
+        self.driver = Driver(
+            CAPACITY,
+            slots,
+            buffer,
+            eviction_order=order,
+            memory_wait_ms=wait_ms,
+            kept_share_max=kept_share,
+            evicted_remembered_max=3,
+        )
+
+    @rule(order=st.sampled_from(sorted(ORDERS)), slots=st.integers(1, 3))
+    def live_policy(self, order: str, slots: int) -> None:
+        config = self.driver.cache.config
+        busy = sum(copy.state in HOLDS_SLOT for copy in self.driver.cache.copies())
+        self.driver.cache.use_config(
+            replace(config, eviction_order=order, load_slots=max(slots, busy))
+        )
+        self.send(Tick())
 
     def send(self, event: Event, after_ms: int = 1) -> None:
         before = {c.model_id: c for c in self.driver.cache.copies()}
-        for instruction in self.driver.send(event, after_ms):
+        out = self.driver.send(event, after_ms)
+        self.check_evictions(event, out, before)
+        for instruction in out:
             match instruction:
                 case StartFetch(model_id):
                     self.fetching.add(model_id)
@@ -79,14 +109,44 @@ class Storm(RuleBasedStateMachine):
                 case LoadEnded(model_id) | RejectLoad(model_id):
                     self.waiters.discard(model_id)
 
+    def check_evictions(
+        self, event: Event, out: tuple[Instruction, ...], before: dict[str, Copy]
+    ) -> None:
+        """Nobody is pushed out for a load ahead of requests; pinned copies stay, kept ones rest."""
+        gone = [i for i in out if isinstance(i, Publish) and i.state is not CopyState.LOADED]
+        evicted = [before[i.model_id] for i in gone if i.reason is Reason.EVICTED]
+        assert not any(copy.pinned for copy in evicted)
+        others = any(
+            c.priority is not LoadPriority.PROACTIVE and c.state is not CopyState.UNLOADING
+            for c in before.values()
+            if c.state is not CopyState.LOADED
+        )
+        wanted = isinstance(event, LoadWanted) and event.priority is not LoadPriority.PROACTIVE
+        assert not evicted or others or wanted
+        for idle in (i for i in gone if i.reason is Reason.IDLE):
+            copy = before[idle.model_id]
+            assert not (copy.pinned or copy.kept) and isinstance(event, Tick)
+
     @rule(
         name=NAMES,
         size=st.sampled_from([0, 5, 30, 60, 101]),
         priority=st.sampled_from(LoadPriority),
+        kept=st.booleans(),
+        idle_ms=st.sampled_from([0, 0, 2_000]),
+        score=st.sampled_from([0.0, 5.0]),
     )
-    def want(self, name: str, size: int, priority: LoadPriority) -> None:
+    def want(
+        self,
+        name: str,
+        size: int,
+        priority: LoadPriority,
+        kept: bool,
+        idle_ms: int,
+        score: float,
+    ) -> None:
         self.waiters.add(name)
-        self.send(LoadWanted(name, size, 5_000, self.driver.now_ms - 50, priority))
+        used_at_ms = self.driver.now_ms - 50
+        self.send(LoadWanted(name, size, 5_000, used_at_ms, priority, False, kept, score, idle_ms))
 
     @precondition(lambda self: self.fetching)
     @rule(data=st.data(), size=st.sampled_from([1, 10, 35, 70, 101]))
@@ -141,9 +201,9 @@ class Storm(RuleBasedStateMachine):
             if not copy.use.in_flight and self.driver.cache.awaiting_idle:
                 self.send(BecameIdle(name))
 
-    @rule(name=NAMES, pinned=st.booleans())
-    def pin(self, name: str, pinned: bool) -> None:
-        self.send(TermsChanged(name, pinned))
+    @rule(name=NAMES, pinned=st.booleans(), kept=st.booleans(), idle_ms=st.sampled_from([0, 500]))
+    def terms(self, name: str, pinned: bool, kept: bool, idle_ms: int) -> None:
+        self.send(TermsChanged(name, pinned, kept, idle_ms))
 
     @rule(after_ms=st.sampled_from([1, 1_000, 6_000]))
     def tick(self, after_ms: int) -> None:
