@@ -42,6 +42,16 @@ CAPACITY = "1152KiB"
 CONNECTIONS = 12
 
 
+def readiness(router: str) -> dict[str, Any]:
+    """A router's document, by its metrics address; empty when it is not ready or not there."""
+    with contextlib.suppress(OSError):
+        status, _, body = http_ask(router, "GET", "/readyz")
+        if status == 200:
+            document: dict[str, Any] = json.loads(body)
+            return document
+    return {}
+
+
 class Rig:
     """One mesh for the scenarios of a session. ``names`` are its models, all alike to a client."""
 
@@ -75,15 +85,6 @@ class Rig:
 
     # ---- its state --------------------------------------------------------------------------
 
-    def readiness(self, router: str) -> dict[str, Any]:
-        """A router's document; empty for one that is not ready or does not answer."""
-        with contextlib.suppress(OSError):
-            status, _, body = http_ask(router, "GET", "/readyz")
-            if status == 200:
-                document: dict[str, Any] = json.loads(body)
-                return document
-        return {}
-
     def is_ready(self, address: str) -> bool:
         with contextlib.suppress(OSError):
             return http_ask(address, "GET", "/readyz")[0] == 200
@@ -93,7 +94,7 @@ class Rig:
         """All processes are ready, and each router knows the instances and no dead ones."""
         if len(self.mesh.children()) != ROUTERS + INSTANCES:
             return False
-        known = [self.readiness(address) for address in self.routers]
+        known = [readiness(address) for address in self.routers]
         return all(
             one.get("instances") == INSTANCES and one.get("store_connected") for one in known
         ) and all(self.is_ready(address) for address in self.instances)

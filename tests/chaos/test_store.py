@@ -13,7 +13,7 @@ from mesh.core.types import ModelRecord
 from mesh.registry import encode, key_of, model_key
 from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_rpc import EtcdOptions
-from tests.chaos.rig import MODELS, Rig
+from tests.chaos.rig import MODELS, Rig, readiness
 from tests.e2e.asking import Asker, isvc, total
 
 pytestmark = [pytest.mark.e2e, pytest.mark.etcd]
@@ -65,6 +65,8 @@ def test_a_mesh_without_its_etcd_serves_loads_and_refuses_registrations(
     copies = rig.copies()
     doubled = [name for name, holders in copies.items() if len(holders) > 1]
     print(f"models with more than one copy afterwards: {doubled}")
+    # Each router placed by itself; and the most asked model may have earned a second copy.
+    assert len(doubled) <= MODELS // 5, copies
     assert "in-vain" not in copies
 
 
@@ -82,7 +84,7 @@ def test_watchers_that_missed_a_compaction_know_what_has_changed(rig: Rig) -> No
         await store.delete(model_key(new.model_id))
 
     def both_know_it() -> bool:
-        return all(rig.readiness(router).get("models") == MODELS + 1 for router in rig.routers)
+        return all(readiness(router).get("models") == MODELS + 1 for router in rig.routers)
 
     with rig.steady() as load:
         load.more(100)
