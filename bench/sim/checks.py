@@ -33,6 +33,7 @@ class Checks:
         self._world = world
         self._events = 0
         self._loading: dict[tuple[str, str], int] = {}  # (model, instance) -> miss
+        self._began: dict[tuple[str, str], float] = {}
         self._by_miss: dict[int, tuple[str, str]] = {}  # the same the other way round
         self._claims: dict[str, dict[str, LoadPriority]] = {}  # model -> instances that load it
 
@@ -74,12 +75,21 @@ class Checks:
         if not instance.alive or instance.stopped or instance.state is not InstanceState.READY:
             raise Broken(f"{model_id} is loaded on {where}, which is {instance.state.value}")
         other = self._by_miss.get(miss)
-        if other is not None and not self._world.instances[other[1]].stopped:
+        if other is not None and self._goes_on(*other):
             raise Broken(f"miss {miss} loads {other} and {model_id} on {where}")
         if (model_id, where) in self._loading:
             raise Broken(f"{model_id} is loaded twice at once on {where}")
         self._loading[(model_id, where)] = miss
+        self._began[(model_id, where)] = self._world.engine.time
         self._by_miss[miss] = (model_id, where)
+
+    def _goes_on(self, model_id: str, instance_id: str) -> bool:
+        """Whether that load was not given up, and nobody had reason to think so."""
+        instance = self._world.instances[instance_id]
+        copy = instance.cache.get(model_id)
+        began = self._began.get((model_id, instance_id), 0.0)
+        silent = instance.stopped or instance.went_on_at > began
+        return copy is not None and copy.state is not CopyState.UNLOADING and not silent
 
     def claimed(self, instance: SimInstance, wish: Wish) -> None:
         """An awaited load is the only one of its model, but for those of instances that have gone
@@ -107,6 +117,7 @@ class Checks:
 
     def load_ends(self, instance: SimInstance, model_id: str) -> None:
         miss = self._loading.pop((model_id, instance.instance_id))
+        del self._began[(model_id, instance.instance_id)]
         if self._by_miss.get(miss) == (model_id, instance.instance_id):
             del self._by_miss[miss]
 
@@ -123,6 +134,11 @@ class Checks:
     def restless(self) -> str | None:
         """What still goes on; None when all has come to rest."""
         world = self._world
+        if world.store.paused:
+            return "the store is away"
+        alive = {i.instance_id for i in world.instances.values() if i.alive}
+        if alive != world.store.instances.keys():
+            return "leases of the dead have not expired, or somebody has not joined"
         for router in world.routers:
             if router.open:
                 return f"router {router.number}: {len(router.open)} requests wait"
@@ -133,6 +149,8 @@ class Checks:
         for instance in world.instances.values():
             if not instance.alive:
                 continue
+            if instance.stopped or instance.state is not InstanceState.READY:
+                return f"{instance.instance_id} is stopped, or leaves"
             if instance.flights:
                 return f"{instance.instance_id}: loads {list(instance.flights)[:3]}"
             if not instance.publishing.settled:

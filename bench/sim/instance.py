@@ -98,6 +98,7 @@ class SimInstance:
         self.cache = Cache(CacheConfig.from_policy(world.policy, capacity_bytes))
         self.alive = True
         self.stopped = False
+        self.went_on_at = -1.0  # after the last stop
         self.state = InstanceState.READY
         self.refusing = False  # the end of a drain: requests are sent away
         self.serving: dict[str, Copy] = {}
@@ -167,6 +168,7 @@ class SimInstance:
         if not self.alive or not self.stopped:
             return
         self.stopped = False
+        self.went_on_at = self.world.engine.time
         self.serving = NO_COPIES if self.refusing else self._copies
         lease = self.publishing.lease
         if lease is not None and not self.world.store.kept_alive(lease):
