@@ -197,7 +197,7 @@ async def test_a_full_neighbour_makes_room_for_what_was_used_later(
         leaving.register("moved", **size)
         await hold(leaving, "moved")
         use = leaving.pod.servables["moved"].use
-        use.uses, use.last_used_at_ms = 1_000, leaving.instance.clock.now_ms()
+        use.last_used_at_ms = leaving.instance.clock.now_ms()
         await leaving.instance.drain()
         assert "moved" in other.pod.servables
         assert len(other.pod.servables.keys() & set("abc")) == 2
