@@ -19,9 +19,10 @@ from itertools import islice
 from typing import Final, assert_never
 
 from mesh.core.errors import MeshError
+from mesh.core.minimums import Missing, Shortfall, Tried, missing_copies, missing_in_slices
 from mesh.core.policy import Policy
 from mesh.core.proactive import has_room, plan_proactive, recent_models
-from mesh.core.repair import RepairPlan, Shortfall, missing_copies, plan_repair
+from mesh.core.repair import RepairPlan, plan_repair
 from mesh.core.transitions import (
     LoadTarget,
     MarkFailed,
@@ -225,7 +226,12 @@ class LeaderLoop:
         tried = self._orders.tried()
         while left and self._filled < most:
             orders, _ = missing_copies(
-                self._view, now_ms=now_ms, policy=self._policy, among=left, tried=tried
+                self._view,
+                now_ms=now_ms,
+                policy=self._policy,
+                among=left,
+                minimums=self._plan.minimums,
+                tried=tried,
             )
             if not orders:
                 return
@@ -241,12 +247,15 @@ class LeaderLoop:
         now_ms, orders = self._now_ms(), self._orders
         missed = self._view.copies_without_instance()
         self._absent = {i: self._absent.get(i, now_ms) for i in missed}
+        missing = await self._missing(now_ms, orders.tried())
+        if not self._is_leader():
+            return None
         plan = plan_repair(
             self._view,
             now_ms=now_ms,
             policy=self._policy,
-            tried=orders.tried(),
             absent_since_ms=self._absent,
+            missing=missing,
         )
         self._plan = plan
         orders.tell_shortfalls(plan.shortfalls)
@@ -276,6 +285,17 @@ class LeaderLoop:
         if plan.delete_last_used and self._is_leader():
             await self._catalog.delete_last_used(plan.delete_last_used)
         return plan
+
+    async def _missing(self, now_ms: int, tried: Tried) -> Missing:
+        """Found in slices: this router serves requests too."""
+        slices = missing_in_slices(self._view, now_ms=now_ms, policy=self._policy, tried=tried)
+        while True:
+            try:
+                next(slices)
+            except StopIteration as ended:
+                missing: Missing = ended.value
+                return missing
+            await asyncio.sleep(0)
 
     # ---- ahead of requests --------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
+from mesh.core.minimums import LoadOrder, Shortfall
 from mesh.core.policy import Policy
-from mesh.core.repair import LoadOrder, Shortfall
 from mesh.core.types import CopyState, LoadPriority
 from mesh.core.view import ClusterView
 from mesh.decision_log import DecisionLog

@@ -17,9 +17,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 from mesh.core.demand import predict_size_bytes
+from mesh.core.minimums import LoadOrder
 from mesh.core.placement import Placement, place
 from mesh.core.policy import Policy
-from mesh.core.repair import LoadOrder
 from mesh.core.types import LoadPriority, ModelRecord
 from mesh.core.view import ClusterView
 
