@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from router.listeners import HttpListener
+from tests.instance.fakes import until
 
 WAIT_S = 30.0
 
@@ -21,6 +22,7 @@ class Site:
         self.entered = asyncio.Event()
         app = web.Application()
         app.router.add_get("/now", self._now)
+        app.router.add_post("/now", self._now)
         app.router.add_get("/held", self._held)
         self.listener = HttpListener(app, drain_timeout_s=WAIT_S)
 
@@ -85,3 +87,34 @@ async def test_who_is_told_to_leave_serves_on_and_closes_each_connection_behind_
             async with session.get(f"http://127.0.0.1:{port}/now") as reply:
                 assert await reply.text() == "answered"
                 assert (reply.headers.get("Connection") == "close") is leaving
+
+
+async def test_clients_with_pools_lose_no_request_when_one_of_two_leaves(site: Site) -> None:
+    other = Site()
+    port = await site.listener.start("127.0.0.1", 0, reuse_port=True)
+    await other.listener.start("127.0.0.1", port, reuse_port=True)
+    answers, ended = 0, asyncio.Event()
+
+    async def ask(session: aiohttp.ClientSession) -> None:
+        nonlocal answers
+        while not ended.is_set():
+            # aiohttp sends a GET again by itself, a POST it does not.
+            async with session.post(f"http://127.0.0.1:{port}/now", data=b"body") as reply:
+                assert await reply.text() == "answered"
+            answers += 1
+
+    async with aiohttp.ClientSession() as session:
+        clients = [asyncio.create_task(ask(session)) for _ in range(16)]
+
+        async def more(count: int) -> None:
+            wanted = answers + count
+            await until(lambda: answers >= wanted or any(client.done() for client in clients))
+
+        await more(200)
+        site.listener.leave()
+        await more(200)
+        await site.listener.drain()
+        await more(200)
+        ended.set()
+        await asyncio.gather(*clients)
+    await other.listener.drain()
