@@ -163,8 +163,9 @@ class Instance:
         self.membership.advertise()
         notice_s = settings.drain_notice_ms / 1_000
         until_s = loop.time() + notice_s + settings.drain_timeout_ms / 1_000
-        if self.publisher.connected:
-            await asyncio.gather(asyncio.sleep(notice_s), self._move_copies(until_s))
+        if self.membership.joined.is_set():
+            heard_s = notice_s if self.publisher.connected else 0.0
+            await asyncio.gather(asyncio.sleep(heard_s), self._move_copies(until_s))
         self.inference.draining = True
         await self.server.drain(max(0.0, until_s - loop.time()))
         try:

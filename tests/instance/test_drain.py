@@ -13,6 +13,7 @@ import pytest
 
 from mesh.core.types import CopyState, InstanceState
 from mesh.instance.answers import LoadOutcome
+from mesh.store.api import StoreUnavailable
 from mesh.store.memory import MemoryStore
 from tests.instance.fakes import MIB, Rig, until, with_policy
 
@@ -208,6 +209,10 @@ async def test_while_the_store_is_away_copies_move_by_the_last_view(tmp_path: Pa
         leaving.register("a")
         await hold(leaving, "a")
         leaving.server.go_away()
+        with pytest.raises(StoreUnavailable):  # so that it is known
+            leaving.instance.publisher.put("probe", b"")
+            await leaving.instance.publisher.flush()
+        assert leaving.instance.publisher.away
         await leaving.instance.drain()
         assert "a" in other.pod.servables
         leaving.server.come_back()

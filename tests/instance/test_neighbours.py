@@ -180,3 +180,16 @@ async def test_connections_to_instances_that_have_gone_are_closed(tmp_path: Path
         assert subject._lines
         await other.instance.membership.leave()
         await until(lambda: not subject._lines)
+
+
+async def test_connections_that_nobody_uses_are_closed_and_made_again(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(neighbours, "IDLE_S", 0.02)
+    async with several(tmp_path, 2) as (rig, other):
+        subject, other_id = rig.instance.neighbours, other.instance.instance_id
+        rig.register("m")
+        await other.load("m")
+        await subject.unload_on(other_id, "nothing", "test")
+        await until(lambda: not subject._lines)
+        assert await subject.unload_on(other_id, "m", "test")
