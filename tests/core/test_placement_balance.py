@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from dataclasses import replace
+from math import log2
 
 import pytest
 
@@ -35,18 +36,20 @@ class Pod:
             self.held.popitem(last=False)
         self.held[model_id] = at_ms
 
-    def advert(self) -> InstanceRecord:
+    def advert(self, now_ms: int, scored: bool) -> InstanceRecord:
         oldest_ms = next(iter(self.held.values()), 0)
+        worth = 100.0 - log2(max(1, now_ms - oldest_ms)) if scored and self.held else 0.0
         return instance(
             self.instance_id,
             capacity=CAPACITY,
             used_bytes=len(self.held),
             lru_at_ms=oldest_ms,
             load_slots=64,
+            victim_score=worth,
         )
 
 
-def loads_by_instance(held: int, policy: Policy) -> Counter[str]:
+def loads_by_instance(held: int, policy: Policy, *, scored: bool = False) -> Counter[str]:
     pods = {f"i{n}": Pod(f"i{n}", held) for n in range(INSTANCES)}
     views = [ClusterView() for _ in range(ROUTERS)]
     landed: Counter[str] = Counter()
@@ -56,7 +59,7 @@ def loads_by_instance(held: int, policy: Policy) -> Counter[str]:
             for view in views:
                 view.expire_pending(asked_before_ms=now_ms)
                 for pod in pods.values():
-                    view.put_instance(pod.advert())
+                    view.put_instance(pod.advert(now_ms, scored))
         view = views[n % ROUTERS]
         one = model(f"m{n}", size_bytes_stated=1)
         found = place(view, one, now_ms=now_ms, policy=policy)
@@ -71,9 +74,17 @@ def imbalance(landed: Counter[str]) -> float:
     return max(landed.values()) / (LOADS / INSTANCES)
 
 
-@pytest.mark.parametrize("held", [0, CAPACITY // 2, CAPACITY], ids=["empty", "half full", "full"])
-def test_loads_spread_over_equal_instances(held: int) -> None:
-    assert imbalance(loads_by_instance(held, Policy())) < 1.3
+@pytest.mark.parametrize(
+    ("held", "scored"),
+    [
+        pytest.param(0, False, id="empty"),
+        pytest.param(CAPACITY // 2, False, id="half full"),
+        pytest.param(CAPACITY, False, id="full, by age"),
+        pytest.param(CAPACITY, True, id="full, by worth"),
+    ],
+)
+def test_loads_spread_over_equal_instances(held: int, scored: bool) -> None:
+    assert imbalance(loads_by_instance(held, Policy(), scored=scored)) < 1.3
 
 
 def test_no_instance_is_left_out() -> None:
