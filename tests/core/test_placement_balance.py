@@ -14,12 +14,12 @@ from mesh.core.types import InstanceRecord
 from mesh.core.view import ClusterView
 from tests.core.cluster import NOW, instance, model
 
-INSTANCES = 40
+INSTANCES = 24
 ROUTERS = 4
-LOADS = 2_000
+LOADS = 1_200
 CAPACITY = 50
 # Adverts and other routers' loads are seen after so many loads: a few thousand loads a second.
-SEEN_AFTER = 100
+SEEN_AFTER = 60
 
 
 class Pod:
