@@ -26,8 +26,8 @@ import uvloop
 from bench import bare_loop
 from bench.models import check_reply, request_for, small_model
 from bench.payload import INFER_PATH, framed, infer_message
-from mesh.core.cache_lru import Use
 from mesh.core.policy import Policy
+from mesh.core.usage import Use
 from mesh.instance.clock import Clock
 from mesh.instance.executor import Executor
 from mesh.instance.inference import Inference

@@ -13,12 +13,11 @@ Evicts nothing itself: the cache asks, and moves the copies. Who may go:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import log
 
 from mesh.core.cache_table import LOADED, CacheConfig, Copy
 from mesh.core.eviction import EvictionOrder, Newcomer, eviction_order
 from mesh.core.types import LoadPriority
-from mesh.core.usage import uses_left
+from mesh.core.usage import uses_per_s
 
 
 class Room:
@@ -147,14 +146,12 @@ class Room:
         return frozenset(protected)
 
     def _newcomer(self, copy: Copy, now_ms: int, *, asked_for: bool) -> Newcomer:
-        half_life_ms = self.config.use_half_life_ms
-        uses = uses_left(copy.use_score, now_ms, half_life_ms)
         return Newcomer(
             copy.model_id,
             size_bytes=copy.size_bytes or copy.need_bytes,
             load_ms=copy.load_ms,
             last_used_at_ms=copy.use.last_used_at_ms,
-            uses_per_s=uses * log(2.0) * 1_000.0 / half_life_ms,
+            uses_per_s=uses_per_s(copy.use_score, now_ms, self.config.use_half_life_ms),
             asked_for=asked_for,
         )
 

@@ -22,9 +22,9 @@ from mesh.core.cache_events import (
     UnloadFinished,
     UnloadWanted,
 )
-from mesh.core.cache_lru import Use
 from mesh.core.policy import Policy
 from mesh.core.types import CopyState, LoadPriority
+from mesh.core.usage import Use
 
 QUEUED, WAITING, LOADING = CopyState.QUEUED, CopyState.WAITING, CopyState.LOADING
 SIZING, LOADED, FAILED = CopyState.SIZING, CopyState.LOADED, CopyState.FAILED

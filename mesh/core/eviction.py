@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from mesh.core.cache_lru import Use
 from mesh.core.eviction_frequency import FrequencyOrder
 from mesh.core.eviction_lru import LruOrder
+from mesh.core.usage import Use
 
 
 @dataclass(frozen=True, slots=True)

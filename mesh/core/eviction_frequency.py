@@ -25,9 +25,9 @@ from collections.abc import Callable
 from math import exp2, log, log2
 from typing import TYPE_CHECKING, Final
 
-from mesh.core.cache_lru import Use
 from mesh.core.eviction_heap import LazyHeap
 from mesh.core.eviction_lru import WORTH_OFFSET
+from mesh.core.usage import Use
 
 if TYPE_CHECKING:
     from mesh.core.eviction import Newcomer

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from math import log2
 from typing import TYPE_CHECKING, Final
 
-from mesh.core.cache_lru import Use
 from mesh.core.eviction_heap import LazyHeap
+from mesh.core.usage import Use
 
 if TYPE_CHECKING:
     from mesh.core.eviction import Newcomer

@@ -1,16 +1,35 @@
-"""How much a model is used: a count in which older uses weigh less.
+"""How much a model is used: what the request path counts, and a score in which old uses weigh less.
 
-INTERFACE: the eviction order, routers and instances share this measure, so that a model that comes
-to another instance brings its past along.
+``Use`` is what one copy's requests write. A *score* is how routers and instances tell each other
+of a model's past: the binary logarithm of the sum over all uses of ``2 ** (at_ms / half_life_ms)``.
+It never has to be decayed: time only makes new uses weigh more, so that scores of different models
+and of different processes compare at any time, and a score only grows. 0.0 is "never used".
 
-``score`` is the binary logarithm of the sum over all uses of ``2 ** (at_ms / half_life_ms)``. It
-never has to be decayed: time only makes new uses weigh more, so that scores of different models and
-of different processes compare at any time, and a score only grows. 0.0 is "never used".
+The eviction order inside an instance ages by turnovers of its cache, not by the clock
+(``mesh.core.eviction_frequency``): a score that comes with a load is turned into uses a second
+(``uses_per_s``), which it merges with its own memory of the model, whichever says more.
 """
 
 from __future__ import annotations
 
 import math
+
+
+class Use:
+    """What the request path knows of one copy. It alone writes; the cache reads."""
+
+    __slots__ = ("in_flight", "last_used_at_ms", "uses")
+
+    def __init__(self, last_used_at_ms: int = 0) -> None:
+        self.in_flight = 0  # requests inside, queued ones included
+        self.last_used_at_ms = last_used_at_ms
+        self.uses = 0  # requests since it came; only grows
+
+    def __repr__(self) -> str:
+        return (
+            f"Use(in_flight={self.in_flight}, uses={self.uses}, "
+            f"last_used_at_ms={self.last_used_at_ms})"
+        )
 
 
 def score_after(score: float, uses: int, at_ms: int, half_life_ms: int) -> float:
@@ -28,3 +47,8 @@ def uses_left(score: float, now_ms: int, half_life_ms: int) -> float:
     """The number of uses just now that would be worth as much: what people can read."""
     exponent = score - now_ms / half_life_ms
     return 0.0 if score <= 0.0 or exponent < -60.0 else 2.0**exponent
+
+
+def uses_per_s(score: float, now_ms: int, half_life_ms: int) -> float:
+    """The steady rate at which such a score would have come about."""
+    return uses_left(score, now_ms, half_life_ms) * math.log(2.0) * 1_000.0 / half_life_ms

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from mesh.core.cache_lru import Use
+from mesh.core.usage import Use
 from mesh.metrics import Histogram
 from mesh.oip.tensors import InferCodec
 from mesh.runtimes.api import LoadedModel, ModelMetadata

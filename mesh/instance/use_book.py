@@ -1,6 +1,6 @@
 """How the models of this instance were used: told to the store, and along with loads elsewhere.
 
-The request path only counts (``mesh.core.cache_lru.Use``); here the counts become scores
+The request path only counts (``mesh.core.usage.Use``); here the counts become scores
 (``mesh.core.usage``), as of the last use, whenever somebody asks. Copies that leave are remembered
 until the next flush. Holds nothing of models that are not here otherwise.
 """

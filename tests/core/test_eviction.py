@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.core.cache_lru import Use
 from mesh.core.eviction import Newcomer
 from mesh.core.eviction_heap import LazyHeap
 from mesh.core.eviction_lru import LruOrder
+from mesh.core.usage import Use
 
 KEYS = [f"m{i}" for i in range(8)]
 STEPS = st.lists(

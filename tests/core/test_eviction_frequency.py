@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.core.cache_lru import Use
 from mesh.core.eviction import Newcomer
 from mesh.core.eviction_frequency import HALF_LIVES, FrequencyOrder
+from mesh.core.usage import Use
 
 KEYS = [f"m{i}" for i in range(8)]
 CAPACITY = 100

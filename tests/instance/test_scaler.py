@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from mesh.core.cache_lru import Use
 from mesh.core.policy import Policy
 from mesh.core.scaling import decider
 from mesh.core.types import CopyState, ModelRecord
+from mesh.core.usage import Use
 from mesh.core.view import ClusterView
 from mesh.decision_log import DecisionLog
 from mesh.instance.scaler import Scaler

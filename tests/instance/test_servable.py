@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh.core.cache_lru import Use
+from mesh.core.usage import Use
 from mesh.instance.servable import Servable
 from mesh.runtimes.api import ModelSpec
 from tests.instance.fakes import FakeModel, FakeRuntime, Path
