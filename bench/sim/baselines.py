@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
-from mesh.core import drain, loads, placement, proactive, repair, scaling
+from mesh.core import placement
 from mesh.core.demand import demand_of, fitting
 from mesh.core.placement import NoPlacement, Placement
 from mesh.core.policy import Policy
@@ -20,7 +21,6 @@ from mesh.core.slots import InstanceSlot
 from mesh.core.types import ModelRecord
 from mesh.core.view import ClusterView
 
-_CALLERS: Final = (drain, loads, proactive, repair, scaling)
 _MASK: Final = (1 << 64) - 1
 
 
@@ -103,11 +103,16 @@ def placing_by(place: Place | None) -> Iterator[None]:
     if place is None:
         yield
         return
-    before = [caller.place for caller in _CALLERS]
-    for caller in _CALLERS:
+    callers = [
+        module
+        for name, module in sorted(sys.modules.items())
+        if name.startswith("mesh.core.") and getattr(module, "place", None) is placement.place
+    ]
+    callers.remove(placement)
+    for caller in callers:
         caller.place = place  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        for caller, was in zip(_CALLERS, before, strict=True):
-            caller.place = was  # type: ignore[attr-defined]
+        for caller in callers:
+            caller.place = placement.place  # type: ignore[attr-defined]

@@ -29,6 +29,7 @@ class Cluster:
         self.world = World(settings, Costs(sizes, loads))
         self.world.stats = Stats()
         self.world.checks = Checks(self.world)
+        self.world.numbers = {model_id: number for number, model_id in enumerate(self.ids)}
         self._lives = 0
         known = int(len(self.ids) * settings.size_known_share)
         self.world.store.write(
@@ -38,10 +39,10 @@ class Cluster:
             for n, model_id in enumerate(self.ids)
         )
         self.places: list[str] = [""] * settings.instances  # who lives there now
+        self.world.neighbours = Neighbours(self.world)
         for place in range(settings.instances):
             self._start_instance(place)
         self.world.engine.run_until(1_000.0)  # they have joined
-        self.world.neighbours = Neighbours(self.world)
         for number in range(settings.routers):
             self.world.routers.append(SimRouter(self.world, number))
         self.world.routers[0].lead()
@@ -150,6 +151,7 @@ class Cluster:
                 run_until(at)
             router = routers[turn % len(routers)]
             turn += 1
+            router.uses.counts[number] += 1
             model_id = ids[number]
             on = router.view.loaded_on(model_id)
             if len(on) == 1:

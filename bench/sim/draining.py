@@ -100,7 +100,7 @@ class Draining:
             held.record,
             size_bytes=step.size_bytes,
             last_used_at_ms=held.last_used_at_ms,
-            use_score=instance.use_score(held.model_id),
+            use_score=instance.use_of(held.model_id)[1],
             pin=held.pinned,
             told=told,
         )

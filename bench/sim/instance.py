@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, assert_never
 from bench.sim.draining import Draining
 from bench.sim.messages import Answer, Wish
 from bench.sim.publishing import ClaimResult, Publishing
+from bench.sim.scaler import SimScaler, SimServable
 from bench.sim.store import LastUsed, LeaseGone
 from bench.sim.world import World
 from mesh.core.cache import Cache
@@ -51,6 +52,7 @@ from mesh.instance.advert import notable
 from mesh.instance.answers import LoadAnswer, LoadOutcome
 from mesh.instance.measured import differs
 from mesh.instance.pod import UNLOAD_WAIT_S
+from mesh.instance.use_book import UseBook
 
 if TYPE_CHECKING:
     from bench.sim.neighbours import PeerCall
@@ -114,7 +116,8 @@ class SimInstance:
         self.peer_calls: dict[PeerCall, None] = {}  # loads that other instances have asked for
         self._jobs: dict[str, Job] = {}
         self._claimed_at_ms: dict[str, int] = {}
-        self._evicted_last_used: dict[str, int] = {}
+        self.servables: dict[str, SimServable] = {}  # what the scaler sees of the copies
+        self.use_book = UseBook()
         self._last: InstanceRecord | None = None
         self._last_at_ms = 0
         self._flushed_at_ms = world.engine.now_ms
@@ -127,6 +130,8 @@ class SimInstance:
         self.publishing.renew()
         self._advertise()
         self._tick_in(self.world.settings.tick_ms)
+        if self.world.settings.scaling:
+            SimScaler(self)
 
     # ---- time -------------------------------------------------------------------------------
 
@@ -221,8 +226,28 @@ class SimInstance:
         """Whether a LOADED copy is here."""
         return model_id in self._copies
 
-    def use_score(self, model_id: str) -> float:
-        return 0.0
+    def use_of(self, model_id: str) -> tuple[int, float]:
+        """Last use and score of a copy that is here."""
+        copy = self.cache.get(model_id)
+        if copy is None:
+            return 0, 0.0
+        score = self.use_book.score(copy, self.world.policy.use_half_life_ms)
+        return copy.use.last_used_at_ms, score
+
+    def load_elsewhere(
+        self, record: ModelRecord, instance_id: str, size_bytes: int, told: Callable[[bool], None]
+    ) -> None:
+        """One more copy of a model that is here."""
+        last_used_at_ms, use_score = self.use_of(record.model_id)
+        self.world.neighbours.load_on(
+            instance_id,
+            record,
+            size_bytes=size_bytes,
+            last_used_at_ms=last_used_at_ms,
+            use_score=use_score,
+            pin=False,
+            told=partial(self.deliver, told),
+        )
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -468,6 +493,9 @@ class SimInstance:
         assert copy is not None
         if model_id not in self._copies:
             self._copies[model_id] = copy
+            settings = self.world.settings
+            most = self.world.policy.default_max_concurrency
+            self.servables[model_id] = SimServable(copy, settings.service_ms, most)
             self.loads += 1
             self.world.stats.loads += 1
         self._failed.pop(model_id, None)
@@ -503,9 +531,10 @@ class SimInstance:
     def _withdraw(self, model_id: str) -> None:
         self.publishing.remove_copy(model_id)
         self._claimed_at_ms.pop(model_id, None)
+        self.servables.pop(model_id, None)
         copy = self._copies.pop(model_id, None)
-        if copy is not None and copy.use.last_used_at_ms:
-            self._evicted_last_used[model_id] = copy.use.last_used_at_ms
+        if copy is not None:
+            self.use_book.leaves(copy, self.world.policy.use_half_life_ms)
         if self.cache.get(model_id) is None:
             self.records.pop(model_id, None)
 
@@ -588,11 +617,10 @@ class SimInstance:
 
     def _flush_last_used(self) -> None:
         self._flushed_at_ms = self.world.engine.now_ms
-        uses, self._evicted_last_used = self._evicted_last_used, {}
-        for model_id, copy in self._copies.items():
-            uses[model_id] = copy.use.last_used_at_ms
+        half_life_ms = self.world.policy.use_half_life_ms
+        uses, scores = self.use_book.flush(self.cache.copies(), half_life_ms)
         if uses:
-            self.publishing.put(LastUsed(self.instance_id, uses))
+            self.publishing.put(LastUsed(self.instance_id, uses, scores))
 
     def record(self) -> InstanceRecord:
         cache = self.cache
@@ -610,6 +638,7 @@ class SimInstance:
             started_at_ms=self._started_at_ms,
             model_types=("onnx",),
             zone=self.zone,
+            victim_score=cache.victim_score(self.world.engine.now_ms),
         )
 
     def _requests_per_minute(self) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from bench.sim.leader import SimLeader
 from bench.sim.store import Change, Gone, take_in
+from bench.sim.uses import FOLD_MS, UseCounts
 from bench.sim.waiting import Flight, Waiting
 from bench.sim.world import World
 from mesh.core import routing
@@ -94,7 +95,9 @@ class SimRouter:
         self.leader: SimLeader | None = None
         self._watching = False
         self._asked: set[str] = set()  # instances whose answer a PING waits for
+        self.uses = UseCounts(len(world.numbers), world.policy.use_half_life_ms)
         world.store.fill(self.view)
+        self._fold()
         self.watch = world.store.watch(world.settings.watch_ms, self._take_in)
 
     def _take_in(self, changes: Sequence[Change]) -> None:
@@ -127,7 +130,13 @@ class SimRouter:
         return lost
 
     def use_score(self, model_id: str) -> float:
-        return 0.0
+        """Through this router."""
+        return self.uses.score(self.world.numbers[model_id], self.world.engine.now_ms)
+
+    def _fold(self) -> None:
+        if self.alive:
+            self.uses.fold(self.world.engine.now_ms)
+            self.world.engine.after(FOLD_MS, self._fold)
 
     # ---- requests ---------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ class LastUsed:
 
     instance_id: str
     at_ms: Mapping[str, int]
+    scores: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +271,8 @@ class SimStore:
         )
         view.replace_failures(self.failures.values())
         view.replace_last_used({b.instance_id: b.at_ms for b in self.last_used.values()})
+        for blob in self.last_used.values():
+            view.put_use_scores(blob.scores)
         view.advance(self.revision)
 
 
@@ -291,6 +294,7 @@ def take_in(view: ClusterView, changes: Sequence[Change]) -> set[str]:
                 touched.add(write.model_id)
             case LastUsed():
                 view.put_last_used(write.instance_id, write.at_ms)
+                view.put_use_scores(write.scores)
             case Gone():
                 _take_out(view, write, revision)
                 touched.add(write.name)

@@ -48,6 +48,7 @@ class Settings:
     size_known_share: float = 1.0  # of the models, from an earlier load
     size_error_share: float = 0.0  # by which a prediction may be too small
     settle_max_ms: float = 600_000.0  # after the last request, for all to come to rest
+    scaling: bool = True  # whether instances look at the numbers of copies
     check_every: int = 4_096  # events of caches between two full validations; 1: each
     keep_trace: bool = False
     policy: Policy = field(default_factory=Policy)
@@ -82,6 +83,7 @@ class World:
     checks: Checks
     neighbours: Neighbours
     routers: list[SimRouter]
+    numbers: dict[str, int]  # of the models
 
     def __init__(self, settings: Settings, costs: Costs) -> None:
         self.settings = settings
