@@ -16,7 +16,7 @@ def test_it_runs_and_tells_each_kind_of_mesh() -> None:
     placement.placements(report, SMOKE)
     placement.decoding(report, SMOKE)
     assert [row["mesh"] for row in report.rows[:4]] == ["empty", "part", "full", "worst"]
-    assert [figure.unit for figure in report.figures] == ["ms"]
+    assert [figure.unit for figure in report.figures] == ["ms", "cores"]
     assert report.rows[4]["path"] == "decoding and view, no store"
 
 
