@@ -322,6 +322,8 @@ class LeaderLoop:
                 most=_AHEAD_SLICE,
             )
             if not chosen:
+                if not orders.ahead():
+                    self._ranked = {}  # what is left fits nowhere: not to be looked at for ever
                 return
             for order in chosen:
                 del self._ranked[order.model_id]

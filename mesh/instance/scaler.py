@@ -130,7 +130,8 @@ def _served(servable: Servable) -> tuple[int, int]:
 
 
 class Scaler:
-    """See the module's docstring. Run ``run()`` as a task; ``close`` ends what it has begun."""
+    """See the module's docstring. Run ``run()`` as a task; cancelling it ends what it has begun,
+    but no load that an instance was asked for."""
 
     def __init__(
         self,
@@ -164,8 +165,10 @@ class Scaler:
                 except Exception:
                     log.exception("looking at the numbers of copies: a defect; going on")
         finally:
-            for task in self._changing.values():
+            changes = tuple(self._changing.values())
+            for task in changes:
                 task.cancel()
+            await asyncio.gather(*changes, return_exceptions=True)
 
     async def sweep(self) -> None:
         """One look at every copy here. Raises StoreUnavailable."""
@@ -270,36 +273,42 @@ class Scaler:
     def _change(self, model_id: str, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._changing[model_id] = task
-        task.add_done_callback(lambda _: self._changing.pop(model_id, None))
+        task.add_done_callback(lambda ended: self._changed(model_id, ended))
+
+    def _changed(self, model_id: str, task: asyncio.Task[None]) -> None:
+        self._changing.pop(model_id, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("changing the number of copies of %s: a defect", model_id, exc_info=error)
 
     async def _scale_up(self, record: ModelRecord, watched: _Watched, decision: ScaleUp) -> None:
         loads: list[asyncio.Task[bool]] = []
-        for placement in decision.placements:
-            if loads:
-                await self._until_claimed(record.model_id, loads[-1], decision, len(loads) - 1)
-            loading = self._neighbours.load_on(
-                placement.instance_id,
-                record,
-                priority=LoadPriority.COPY,
-                reason=decision.reason,
-                size_bytes=placement.size_bytes,
-            )
-            loads.append(asyncio.get_running_loop().create_task(loading))
         try:
+            for placement in decision.placements:
+                if loads:
+                    await self._until_claimed(record.model_id, loads[-1], decision, len(loads) - 1)
+                loading = self._neighbours.load_on(
+                    placement.instance_id,
+                    record,
+                    priority=LoadPriority.COPY,
+                    reason=decision.reason,
+                    size_bytes=placement.size_bytes,
+                )
+                loads.append(asyncio.get_running_loop().create_task(loading))
             results = await asyncio.gather(*loads, return_exceptions=True)
         except asyncio.CancelledError:
             for load in loads:
                 load.cancel()
             raise
-        came = sum(result is True for result in results)
-        watched.changed_at_ms = self._clock.now_ms()
+        self._scaled_up(watched, sum(result is True for result in results))
+
+    def _scaled_up(self, watched: _Watched, came: int) -> None:
+        """So many copies came of it; after none the next try waits longer each time."""
+        now_ms = watched.changed_at_ms = self._clock.now_ms()
         watched.copies += came
-        if came:
-            watched.refusals = 0
-            return
-        watched.refusals = min(watched.refusals + 1, _REFUSALS_MAX)
-        wait_ms = self._policy.scale_up_cooldown_ms << (watched.refusals - 1)
-        watched.not_before_ms = self._clock.now_ms() + wait_ms
+        watched.refusals = 0 if came else min(watched.refusals + 1, _REFUSALS_MAX)
+        if not came:
+            wait_ms = self._policy.scale_up_cooldown_ms << (watched.refusals - 1)
+            watched.not_before_ms = now_ms + wait_ms
 
     async def _until_claimed(
         self, model_id: str, load: asyncio.Task[bool], decision: ScaleUp, at: int
@@ -317,12 +326,14 @@ class Scaler:
 
     async def _scale_down(self, model_id: str, watched: _Watched, decision: ScaleDown) -> None:
         gone = await self._neighbours.unload_on(decision.instance_id, model_id, decision.reason)
-        watched.changed_at_ms = self._clock.now_ms()
+        self._scaled_down(watched, gone)
+
+    def _scaled_down(self, watched: _Watched, gone: bool) -> None:
+        now_ms = watched.changed_at_ms = self._clock.now_ms()
         if gone:
             watched.copies = max(1, watched.copies - 1)
         else:
-            wait_ms = _LEFT_ALONE_SWEEPS * self._policy.scale_sweep_ms
-            watched.not_before_ms = self._clock.now_ms() + wait_ms
+            watched.not_before_ms = now_ms + _LEFT_ALONE_SWEEPS * self._policy.scale_sweep_ms
 
 
 def _loaded(view: ClusterView, model_id: str) -> int:

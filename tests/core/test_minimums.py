@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from mesh.core.minimums import (
     LoadOrder,
     Shortfall,
@@ -155,6 +158,34 @@ def test_a_pinned_copy_of_a_draining_instance_is_no_second_one() -> None:
         copy("m", "b", pinned=True, claimed_at_ms=9),
     )
     assert plan.surplus_pins == ()
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.integers(1, 60), st.integers(0, 9)), min_size=1, max_size=12
+    ),
+    st.integers(0, 300),
+    st.floats(0, 1),
+)
+def test_minimums_never_keep_more_than_their_share(
+    wishes: list[tuple[int, int, int]], capacity: int, share: float
+) -> None:
+    models = [
+        model(f"m{n:02}", min_copies=wish, size_bytes_measured=size, last_used_at_ms=NOW - age)
+        for n, (wish, size, age) in enumerate(wishes)
+    ]
+    view = view_of(*models, instance("a", capacity=capacity))
+    policy = replace(POLICY, min_copies_capacity_share=share)
+    minimums = grant_minimums(view, policy)
+    granted = {m.model_id: minimums.granted(m) for m in models if m.min_copies > 1}
+    if not minimums.share_bytes:
+        return  # without any capacity it is not the share that is short
+    sizes = {m.model_id: m.size_bytes_measured or 0 for m in models}
+    kept = sum(count * sizes[model_id] for model_id, count in granted.items())
+    assert kept <= minimums.share_bytes
+    # Nobody is cut while there is room for one copy more of it.
+    left = minimums.share_bytes - kept
+    assert all(sizes[model_id] > left for model_id in minimums.cut)
 
 
 # ---- the share of memory that minimums may keep --------------------------------------------------

@@ -280,6 +280,21 @@ async def test_a_draining_instance_decides_nothing(world: World) -> None:
     assert world.others.reads == []
 
 
+async def test_who_is_told_to_end_ends_what_it_waits_for(world: World) -> None:
+    world.scaler.use_policy(replace(POLICY, scale_sweep_ms=1))
+    world.others.gate = asyncio.Event()
+    servable = world.hold()
+    running = asyncio.create_task(world.scaler.run())
+    await until(lambda: world.scaler._watched)
+    world.now += MINUTE
+    world.use(servable, 4_000)
+    await until(lambda: world.others.loads)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert world.scaler._changing == {}
+
+
 async def test_a_copy_that_went_is_forgotten(world: World) -> None:
     world.hold()
     await world.after()
