@@ -36,8 +36,9 @@ INSTANCES = 3
 MODELS = 20
 SAMPLES = 11  # four of them are the digits that the models are made of, 0.2 to 0.4 MB each
 DIGITS = 4
-# Three of these hold about two thirds of the models, two of them less than half.
-CAPACITY = "1152KiB"
+# Three of these hold about two thirds of the models, two of them less than half: there is a load
+# every few requests, and what a process that ends had loaded has to push something else out.
+CAPACITY = "1536KiB"
 # Connections enough that some lead to each router.
 CONNECTIONS = 12
 
