@@ -204,9 +204,10 @@ def _grants_in_slices(view: ClusterView, policy: Policy) -> Generator[None, None
         if model is not None and model.min_copies > 1:
             size_bytes = predict_size_bytes(model, policy)
             wishes.append((*_turn(view, model), model.min_copies, size_bytes))
-    share_bytes = _share_bytes(view, policy)
+    capacity = sum(s.record.capacity_bytes for s in view.instances.values() if s.ready)
+    share_bytes = int(capacity * policy.min_copies_capacity_share)
     wished_bytes = sum(min_copies * size_bytes for _, _, min_copies, size_bytes in wishes)
-    if wished_bytes <= share_bytes or not share_bytes:
+    if wished_bytes <= share_bytes or not capacity:  # then it is not the share that is short
         return Minimums(share_bytes, wished_bytes)
     cut: dict[str, int] = {}
     left_bytes = share_bytes
@@ -366,11 +367,6 @@ def _turn(view: ClusterView, model: ModelRecord) -> tuple[int, str]:
 def _wished_at_ms(view: ClusterView, model: ModelRecord) -> int:
     """Who registers a minimum wants it as of then."""
     return max(view.last_used_at_ms(model.model_id), model.created_at_ms)
-
-
-def _share_bytes(view: ClusterView, policy: Policy) -> int:
-    capacity = sum(s.record.capacity_bytes for s in view.instances.values() if s.ready)
-    return int(capacity * policy.min_copies_capacity_share)
 
 
 def _lasting(view: ClusterView, model_id: str) -> list[CopyRecord]:
