@@ -39,7 +39,7 @@ from mesh.core.cache_events import (
     StartUnload,
     UnloadFinished,
 )
-from mesh.core.cache_table import CacheConfig
+from mesh.core.cache_table import CacheConfig, Copy
 from mesh.core.eviction import ORDERS
 from mesh.core.policy import Policy
 
@@ -106,11 +106,11 @@ def production(workload: Workload, stream: Chunk, room_bytes: int, order: str) -
         copy = cache.get(name)
         score.count(model, copy is not None)
         if copy is None:
-            if size_bytes[model] <= room_bytes:
-                _load(cache, name, size_bytes[model], load_ms[model], now_ms)
-        else:
-            copy.use.last_used_at_ms = now_ms
-            copy.use.uses += 1
+            if size_bytes[model] > room_bytes:
+                continue
+            copy = _load(cache, name, size_bytes[model], load_ms[model], now_ms)
+        copy.use.last_used_at_ms = now_ms
+        copy.use.uses += 1
         if number % VALIDATE_EVERY == 0:
             validate(cache)
     validate(cache)
@@ -121,7 +121,7 @@ def _fields(config: CacheConfig) -> dict[str, Any]:
     return asdict(config)
 
 
-def _load(cache: Cache, name: str, size_bytes: int, load_ms: int, now_ms: int) -> None:
+def _load(cache: Cache, name: str, size_bytes: int, load_ms: int, now_ms: int) -> Copy:
     out = cache.handle(LoadWanted(name, size_bytes, 60_000, now_ms), now_ms)
     while any(isinstance(instruction, StartUnload) for instruction in out):
         out = tuple(
@@ -132,6 +132,9 @@ def _load(cache: Cache, name: str, size_bytes: int, load_ms: int, now_ms: int) -
         )
     cache.handle(SizePredicted(name, size_bytes), now_ms)
     cache.handle(LoadFinished(name, size_bytes, load_ms), now_ms)
+    copy = cache.get(name)
+    assert copy is not None
+    return copy
 
 
 # ---- baselines ----------------------------------------------------------------------------------

@@ -96,15 +96,22 @@ class Rival:
         self.cost_ms += model.load_ms
         self.heap.add(model_id)
         self.used_bytes += model.size_bytes
+        self._fit(known)
+
+    def _fit(self, known: dict[str, Known]) -> None:
         while self.used_bytes > self.capacity_bytes:
             victim = self.heap.pop()
             if victim is None:
                 return
             self.used_bytes -= known[victim].size_bytes
 
-    def resized(self, model_id: str, change_bytes: int) -> None:
+    def measured(self, model_id: str, change_bytes: int, known: dict[str, Known]) -> None:
+        """Size or load time of a model are new: its score may have fallen."""
         if model_id in self.heap:
+            self.heap.discard(model_id)
+            self.heap.add(model_id)
             self.used_bytes += change_bytes
+            self._fit(known)
 
     def forget(self, model_id: str, size_bytes: int) -> None:
         if model_id in self.heap:
@@ -148,7 +155,8 @@ class FrequencyOrder:
             model = self._known[model_id] = Known(self._clock)
         self._evicted.pop(model_id, None)
         self._measure(model_id, model, newcomer)
-        model.use, model.seen = use, use.uses
+        # The request that waits for it counts now, and not again when it comes.
+        model.use, model.seen = use, use.uses + newcomer.asked_for
         self._bring_past(model, newcomer.uses_per_s)
         if newcomer.asked_for:
             self._used(model_id, model, 1)
@@ -249,16 +257,12 @@ class FrequencyOrder:
     # ---- terms of a model ----
 
     def _measure(self, model_id: str, model: Known, newcomer: Newcomer) -> None:
-        size_bytes = max(1, newcomer.size_bytes)
-        for rival in self._rivals:
-            rival.resized(model_id, size_bytes - model.size_bytes)
-        model.size_bytes = size_bytes
+        was_bytes = model.size_bytes
+        model.size_bytes = max(1, newcomer.size_bytes)
         model.load_ms = max(LOAD_MIN_MS, newcomer.load_ms)
         model.weight = log2(model.load_ms / model.size_bytes)
         for rival in self._rivals:
-            if model_id in rival.heap:  # its score may have fallen, which the heap would not see
-                rival.heap.discard(model_id)
-                rival.heap.add(model_id)
+            rival.measured(model_id, model.size_bytes - was_bytes, self._known)
 
     def _bring_past(self, model: Known, uses_per_s: float) -> None:
         """What others saw of it: as if it had been looked at here all the time."""
