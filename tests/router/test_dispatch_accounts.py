@@ -27,7 +27,14 @@ OUTCOMES = (
 async def test_every_call_ends_once_and_leaves_nothing_behind(world, seed: int) -> None:
     chance = random.Random(seed)
     # Nothing is waited for as long as in a real mesh; the number of steps is the same.
-    world.build(Policy(outlier_eject_ms=1, placement_retry_ms=1, placement_retry_max_ms=2))
+    world.build(
+        Policy(
+            outlier_eject_ms=1,
+            outlier_eject_max_ms=2,
+            placement_retry_ms=1,
+            placement_retry_max_ms=2,
+        )
+    )
     instances = ["a", "b", "c"]
     for instance_id in instances:
         world.instance(instance_id)

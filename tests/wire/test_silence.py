@@ -205,6 +205,27 @@ async def test_a_connection_without_calls_is_asked_rarely(world: World) -> None:
     assert conn.ping_sent_s
 
 
+async def test_by_default_an_instance_is_avoided_within_a_second_of_the_first_unanswered_ping(
+    world: World,
+) -> None:
+    """Looked at every 100 ms, as the router does; the clock is the test's."""
+    pending = await in_flight(world)
+    up = world.upstreams[0]
+    conn = up.current
+    assert conn is not None
+    now_s = stopped_s = conn.last_read_s
+    ping_s = 0.0
+    while not up.silent_since_s:
+        now_s += 0.1
+        assert now_s < stopped_s + 5
+        if up.look_at_s <= now_s:
+            up.watch(now_s, Patience())
+        ping_s = ping_s or conn.ping_sent_s
+    assert 0 < now_s - ping_s <= 1.0
+    assert now_s - stopped_s <= 1.5
+    pending.cancel()
+
+
 async def test_pings_are_answers_of_their_own_and_few(world: World) -> None:
     """One PING is out at a time, however often one looks, also on what is silent."""
     pending = await in_flight(world)
