@@ -46,8 +46,8 @@ from mesh.instance.servable import Servable
 
 log = logging.getLogger(__name__)
 
-# Copies measured in one turn of the loop: about a millisecond.
-_SLICE: Final = 500
+# Copies looked at in one turn of the loop: about a millisecond.
+_SLICE: Final = 100
 # Sweeps for which a model is left alone when there was nothing to do about it ...
 _LEFT_ALONE_SWEEPS: Final = 6
 # ... and twice as many each time when who was asked did not load it.
@@ -94,6 +94,16 @@ class _Watched:
         self.changed_at_ms = 0
         self.not_before_ms = 0
         self.refusals = 0
+
+    def rests(self, now_ms: int, policy: Policy) -> bool:
+        """Nothing has happened since the last look, and nothing can come of that."""
+        use = self.servable.use
+        if use.uses != self.uses or use.in_flight or self.in_flight or self.copies > 1:
+            return False
+        if now_ms - self.read_at_ms >= policy.second_copy_max_age_ms:
+            return False
+        self.looked_at_ms = now_ms
+        return True
 
     def look(self, now_ms: int, policy: Policy) -> CopyUse:
         """What happened since the last look."""
@@ -197,7 +207,7 @@ class Scaler:
             watched = self._watched.get(model_id)
             if watched is None:
                 self._watched[model_id] = _Watched(servable, now_ms)
-            else:
+            elif not watched.rests(now_ms, policy):
                 use = watched.look(now_ms, policy)
                 if why := self._why(model_id, watched, use, memory, now_ms):
                     looks.append((model_id, use, why))
