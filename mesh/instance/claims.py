@@ -38,11 +38,21 @@ STORE_PATIENCE_S: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The load may begin. ``revision`` is the claim's; 0 for one without a claim."""
+    """The load may begin. ``revision`` is the claim's; 0 for one without a claim.
+    ``record_revision`` is of the record's last change; 0 when it came with the wish."""
 
     record: ModelRecord
     revision: int
     claimed_at_ms: int
+    record_revision: int = 0
+
+    def record_after(self, told: tuple[int, ModelRecord | None] | None) -> ModelRecord | None:
+        """The record to load by, after what a watch told meanwhile; None: it has been deleted."""
+        if told is None or told[0] <= self.record_revision:
+            return self.record
+        if told[1] is None and not self.record_revision:
+            return self.record  # it came along: the store is asked again, and that counts
+        return told[1]
 
 
 class Claims:
@@ -97,10 +107,11 @@ class Claims:
                 copy_revision=claim.copy_revision,
             )
         try:
-            return Ready(self._record(wish, item), claim.revision, copy.claimed_at_ms)
+            record, record_revision = self._record(wish, item)
         except BaseException:
             self._publisher.remove_copy(wish.model_id)
             raise
+        return Ready(record, claim.revision, copy.claimed_at_ms, record_revision)
 
     async def _ask(
         self, wish: Wish, copy: CopyRecord
@@ -114,15 +125,17 @@ class Claims:
             raise claim
         return item, claim
 
-    def _record(self, wish: Wish, item: KeyValue | BaseException | None) -> ModelRecord:
+    def _record(self, wish: Wish, item: KeyValue | BaseException | None) -> tuple[ModelRecord, int]:
+        """And the revision of its last change."""
         if isinstance(item, StoreUnavailable) and wish.record:
-            # The claim went through, so the model is registered.
-            return registry.decode_model(wish.model_id, wish.record)
+            # The claim went through, so the model was registered just now.
+            self.unconfirmed.add(wish.model_id)
+            return registry.decode_model(wish.model_id, wish.record), 0
         if isinstance(item, BaseException):
             raise item
         if item is None:
             raise NotFound(f"model {wish.model_id!r} is not registered")
-        return registry.decode_model(wish.model_id, item.value)
+        return registry.decode_model(wish.model_id, item.value), item.mod_revision
 
     def _without(self, wish: Wish, copy: CopyRecord, why: str) -> Ready:
         record = registry.decode_model(wish.model_id, wish.record)
@@ -137,17 +150,18 @@ class Claims:
         Ends early, to be called again, when the store is away again.
         """
         for model_id in tuple(self.unconfirmed):
+            # Before the store is asked: a load that begins without it meanwhile counts anew.
+            self.unconfirmed.discard(model_id)
             try:
                 item = await self._store.get(registry.model_key(model_id))
                 record = None if item is None else registry.decode_model(model_id, item.value)
             except registry.RecordError as error:
                 log.warning("model record skipped: %s", error)
-                self.unconfirmed.discard(model_id)
                 continue
             except MeshError as error:
+                self.unconfirmed.add(model_id)
                 log.info("models loaded without the store are not confirmed yet: %s", error)
                 return
-            self.unconfirmed.discard(model_id)
             yield model_id, record
 
 

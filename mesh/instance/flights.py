@@ -6,6 +6,7 @@ Holds who waits and for what, and decides nothing. Cancelling a waiter never can
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -44,7 +45,7 @@ class Wish:
 class Flight:
     """One load, from the first wish to its answer."""
 
-    __slots__ = ("answer", "claim_revision", "in_cache", "record", "wish")
+    __slots__ = ("answer", "claim_revision", "in_cache", "record", "told", "wish")
 
     def __init__(self, wish: Wish) -> None:
         self.wish = wish
@@ -52,6 +53,8 @@ class Flight:
         self.record: ModelRecord | None = None  # once it is read
         self.claim_revision = 0
         self.in_cache = False
+        # What a watch said of the model meanwhile: revision, record or None when it was deleted.
+        self.told: tuple[int, ModelRecord | None] | None = None
 
 
 class Flights:
@@ -62,6 +65,10 @@ class Flights:
 
     def get(self, model_id: str) -> Flight | None:
         return self._flights.get(model_id)
+
+    def beginning(self) -> Iterator[str]:
+        """Models whose load has not come to the cache yet."""
+        return (model_id for model_id, flight in self._flights.items() if not flight.in_cache)
 
     def start(self, wish: Wish) -> Flight:
         flight = self._flights[wish.model_id] = Flight(wish)

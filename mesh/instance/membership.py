@@ -25,7 +25,7 @@ from mesh.instance.advert import notable
 from mesh.instance.clock import Clock
 from mesh.instance.pod import Pod
 from mesh.instance.publisher import Publisher
-from mesh.store.api import Changes, Delete, KVStore, Lease, Put, Snapshot
+from mesh.store.api import Changes, Delete, KeyValue, KVStore, Lease, Put, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -162,23 +162,33 @@ class Membership:
     async def _follow_models(self) -> None:
         async for batch in self._store.watch(registry.MODELS_PREFIX):
             match batch:
-                case Snapshot(items):
-                    present = {item.key for item in items}
-                    for copy in self._pod.copies():
-                        if registry.model_key(copy.model_id) not in present:
-                            self._pod.deleted(copy.model_id)
+                case Snapshot(items, revision):
+                    self._models_snapshot(items, revision)
                 case Changes(events):
                     for event in events:
                         self._model_event(event)
 
+    def _models_snapshot(self, items: tuple[KeyValue, ...], revision: int) -> None:
+        """Of a hundred thousand models, those that are here."""
+        keys = {registry.model_key(model_id): model_id for model_id in self._pod.concerning()}
+        for item in items:
+            model_id = keys.pop(item.key, None)
+            if model_id is not None:
+                self._told(model_id, item.value, item.mod_revision)
+        for model_id in keys.values():
+            self._pod.told(model_id, None, revision)
+
     def _model_event(self, event: Put | Delete) -> None:
         parsed = registry.parse_key(event.key)
-        if parsed is None or self._pod.cache.get(parsed.name) is None:
+        if parsed is None or not self._pod.concerns(parsed.name):
             return
         if isinstance(event, Delete):
-            self._pod.deleted(parsed.name)
-            return
+            self._pod.told(parsed.name, None, event.mod_revision)
+        else:
+            self._told(parsed.name, event.value, event.mod_revision)
+
+    def _told(self, model_id: str, value: bytes, revision: int) -> None:
         try:
-            self._pod.record_changed(registry.decode_model(parsed.name, event.value))
+            self._pod.told(model_id, registry.decode_model(model_id, value), revision)
         except MeshError as error:
             log.warning("model record skipped: %s", error)

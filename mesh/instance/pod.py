@@ -142,6 +142,23 @@ class Pod:
         if self.cache.get(model_id) is not None:
             self.apply(UnloadWanted(model_id, Reason.DELETED))
 
+    def concerning(self) -> set[str]:
+        """Ids of the models of which it matters here what their records say."""
+        return {copy.model_id for copy in self.cache.copies()}.union(self._flights.beginning())
+
+    def concerns(self, model_id: str) -> bool:
+        return self.cache.get(model_id) is not None or self._flights.get(model_id) is not None
+
+    def told(self, model_id: str, record: ModelRecord | None, revision: int) -> None:
+        """What a watch says of a model; None: it was deleted."""
+        flight = self._flights.get(model_id)
+        if flight is not None and not flight.in_cache:
+            flight.told = (revision, record)
+        if record is None:
+            self.deleted(model_id)
+        else:
+            self.record_changed(record)
+
     def lost(self, model_id: str) -> None:
         """The runtime says that it has the model no more: nobody is to be sent here for it."""
         if model_id in self.servables:
@@ -227,10 +244,16 @@ class Pod:
         if not isinstance(ready, Ready):
             self._flights.finish(flight, ready)
             return
-        flight.record, flight.claim_revision = ready.record, ready.revision
+        record = ready.record_after(flight.told)
+        if record is None:
+            self._publisher.remove_copy(model_id)
+            why = f"model {model_id!r} was deleted when its load was about to begin"
+            self._flights.finish(flight, LoadAnswer(LoadOutcome.FAILED, why, Code.NOT_FOUND))
+            return
+        flight.record, flight.claim_revision = record, ready.revision
         self.claimed_at_ms[model_id] = ready.claimed_at_ms
-        self.records[model_id] = ready.record
-        self.loader.prepare(ready.record)
+        self.records[model_id] = record
+        self.loader.prepare(record)
         flight.in_cache = True
         self.apply(self._wanted(flight))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from mesh import registry
+from mesh.core.errors import Code
 from mesh.core.types import CopyState, InstanceState
 from mesh.instance.answers import LoadOutcome
 from tests.instance.fakes import MIB, Rig, running, until, with_policy
@@ -135,6 +137,60 @@ async def test_a_load_that_says_so_pins_the_copy_from_the_start(tmp_path: Path) 
         await until(lambda: rig.copy("m").state is rig.copy("n").state is CopyState.LOADED)
         assert rig.copy("m").pinned
         assert not rig.copy("n").pinned
+
+
+async def after_its_claim(rig: Rig, model_id: str, happens: Callable[[], object]) -> None:
+    """``happens`` between the claim of the next load and its coming to the cache, and is seen."""
+    claim = rig.pod.claims.claim
+
+    async def claim_then(wish, policy):
+        ready = await claim(wish, policy)
+        happens()
+        await until(lambda: rig.pod._flights.get(model_id).told)
+        return ready
+
+    rig.pod.claims.claim = claim_then
+
+
+async def test_a_model_deleted_when_its_load_is_about_to_begin_is_not_loaded(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as rig:
+        rig.register("m")
+        await after_its_claim(rig, "m", lambda: rig.unregister("m"))
+        answer = await rig.load("m")
+        assert (answer.outcome, answer.code) == (LoadOutcome.FAILED, Code.NOT_FOUND)
+        assert rig.runtime.loading == []
+        await until(lambda: rig.copy("m") is None)
+
+
+async def test_a_record_changed_when_its_load_is_about_to_begin_counts(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        rig.register("m")
+        await after_its_claim(rig, "m", lambda: rig.register("m", max_concurrency=3))
+        await rig.load("m")
+        assert rig.pod.servables["m"].max_concurrency == 3
+
+
+async def test_a_deletion_before_the_present_registration_is_an_old_story(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        rig.register("m")
+        rig.server.cut_watches()
+        rig.unregister("m")
+        rig.register("m")
+        await after_its_claim(rig, "m", rig.server.restore_watches)
+        assert (await rig.load("m")).outcome is LoadOutcome.LOADED
+
+
+async def test_a_record_that_changed_while_history_was_lost_counts(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        rig.register("m")
+        await rig.load("m")
+        rig.server.cut_watches()
+        rig.register("m", max_concurrency=3)
+        rig.server.lose_history()
+        rig.server.restore_watches()
+        await until(lambda: rig.pod.servables["m"].max_concurrency == 3)
 
 
 async def test_last_uses_go_to_the_store_in_one_blob(tmp_path: Path) -> None:
