@@ -16,6 +16,7 @@ class Stats:
     def __init__(self) -> None:
         self.requests = 0
         self.hits = 0
+        self.cold_requests = self.cold_hits = 0  # before the caches were warm
         self.not_plain = 0
         self.missed = 0
         self.waited_ms: list[float] = []  # of requests that missed, and were answered
@@ -72,12 +73,16 @@ class Outcome:
     failed: int
     digest: str
     wall_s: float
+    cpu_s: float
+    warm_hit_ratio: float  # after the first quarter of the requests
+    scaled_up: int
 
     def row(self) -> dict[str, Any]:
         return {
             "placement": self.placement,
             "requests": self.requests,
             "hit ratio": round(self.hit_ratio, 4),
+            "warm hits": round(self.warm_hit_ratio, 4),
             "cold p50 ms": round(self.cold_p50_ms),
             "cold p99 ms": round(self.cold_p99_ms),
             "loads/min": round(self.loads_per_min, 1),
@@ -85,7 +90,8 @@ class Outcome:
             "evictions": self.evictions,
             "imbalance": round(self.imbalance, 3),
             "failed": self.failed,
-            "wall s": round(self.wall_s, 1),
+            "copies added": self.scaled_up,
+            "CPU s": round(self.cpu_s, 1),
         }
 
 
