@@ -43,7 +43,8 @@ class Chaos:
                 record = rig.register(name, pinned=draw.random() < 0.1)
                 self.records[name] = registry.encode(record)
                 size = draw.choice([1, 1, 2, 3]) * MIB
-                rig.runtime.sizes[name] = (size, size - draw.choice([0, 1000]))
+                if not rig.pod.concerns(name):  # or it would be loaded larger than was predicted
+                    rig.runtime.sizes[name] = (size, size - draw.choice([0, 1000]))
             case 6:
                 rig.unregister(name)
             case 7:
