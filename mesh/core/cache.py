@@ -244,7 +244,8 @@ class Cache:
         limit = self.config.capacity_bytes
         if copy.proactive:
             limit -= self.config.unload_buffer_bytes
-        ahead = self._waiting() if not copy.awaited else [c for c in self._waiting() if c.awaited]
+        mine = copy.queue_order()
+        ahead = any(other.queue_order() < mine for other in self._waiting())
         if not ahead and self.used_bytes + need <= limit:
             self._account(copy, need)
             self._enter_loading(copy, reason)
