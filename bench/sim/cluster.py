@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from bench.sim.checks import Broken, Checks
@@ -35,13 +35,7 @@ class Cluster:
         self.world.checks = Checks(self.world)
         self.world.numbers = {model_id: number for number, model_id in enumerate(self.ids)}
         self._lives = 0
-        known = int(len(self.ids) * settings.size_known_share)
-        self.world.store.write(
-            ModelRecord(
-                model_id, "onnx", size_bytes_measured=sizes[model_id] if n < known else None
-            )
-            for n, model_id in enumerate(self.ids)
-        )
+        self.world.store.write(self._record(n, sizes) for n in range(len(self.ids)))
         self.places: list[str] = [""] * settings.instances  # who lives there now
         self.world.neighbours = Neighbours(self.world)
         for place in range(settings.instances):
@@ -50,6 +44,17 @@ class Cluster:
         for number in range(settings.routers):
             self.world.routers.append(SimRouter(self.world, number))
         self.world.routers[0].lead()
+
+    def _record(self, number: int, sizes: Mapping[str, int]) -> ModelRecord:
+        settings, model_id = self.settings, self.ids[number]
+        known = number < len(self.ids) * settings.size_known_share
+        return ModelRecord(
+            model_id,
+            "onnx",
+            size_bytes_measured=sizes[model_id] if known else None,
+            min_copies=2 if number < settings.wanting else 0,
+            pinned=settings.wanting <= number < settings.wanting + settings.pinned,
+        )
 
     # ---- who is there -----------------------------------------------------------------------
 

@@ -48,6 +48,8 @@ class Settings:
     size_known_share: float = 1.0  # of the models, from an earlier load
     size_error_share: float = 0.0  # by which a prediction may be too small
     settle_max_ms: float = 600_000.0  # after the last request, for all to come to rest
+    wanting: int = 0  # the first so many models are to have two copies
+    pinned: int = 0  # the next so many are to have one pinned copy
     scaling: bool = True  # whether instances look at the numbers of copies
     check_every: int = 4_096  # events of caches between two full validations; 1: each
     keep_trace: bool = False
