@@ -1,8 +1,9 @@
 """Streams of requests in virtual time: which model when, how large it is, what its load costs.
 
 One frozen ``Workload`` a stream, deterministic by seed, in chunks of numpy arrays, so that a
-million requests cost no memory worth mentioning. Shared by the cluster's simulator and ``one_cache``. Holds
-no policy and runs nothing. Models are numbers here; ``model_name`` gives the id.
+million requests cost no memory worth mentioning. Shared by the cluster's simulator and
+``one_cache``. Holds no policy and runs nothing. Models are numbers here; ``model_name`` gives the
+id.
 
 What a stream is for:
 

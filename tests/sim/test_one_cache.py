@@ -44,7 +44,7 @@ def test_nothing_beats_the_bound_and_the_shipped_order_beats_lru(workload: Workl
 
 def test_half_of_the_gap_is_closed_on_zipf_and_nothing_is_lost_where_popularity_moves() -> None:
     """In small; bench/results/sim-eviction.json has the figures."""
-    made = Shape(models=1_000, requests=25_000)
+    made = Shape(models=600, requests=12_000)
     for workload in (workloads.zipf(made, 0.9), workloads.bursts(made)):
         found = one_cache.measure(workload, 1)
         for claim in one_cache.claims(workload, found):

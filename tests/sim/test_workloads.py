@@ -1,4 +1,4 @@
-"""Streams are what they say, the same for the same seed, and a bad trace is told where it is bad."""
+"""Streams are what they say, the same for a seed, and a bad trace is told where it is bad."""
 
 from __future__ import annotations
 
