@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,18 @@ class Rig:
 
     def is_replaced(self, child: str, pid: int) -> bool:
         return self.mesh.children().get(child, pid) != pid
+
+    @contextlib.contextmanager
+    def policy(self, *overrides: str) -> Iterator[None]:
+        """Thresholds of the running mesh, as long as the scenario lasts."""
+        done = self.mesh.mesh("policy", "set", *overrides)
+        assert done.returncode == 0, done.stderr
+        try:
+            yield
+        finally:
+            names = [override.partition("=")[0] for override in overrides]
+            done = self.mesh.mesh("policy", "unset", *names)
+            assert done.returncode == 0, done.stderr
 
     # ---- clients ----------------------------------------------------------------------------
 

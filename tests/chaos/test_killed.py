@@ -1,4 +1,4 @@
-"""kill -9 under steady load: of an instance, and of a router of two."""
+"""kill -9 under steady load: of an instance, of a router of two, and of all instances at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.chaos.rig import Rig, Views
+from tests.chaos.rig import INSTANCES, Rig, Views
 
 pytestmark = [pytest.mark.e2e, pytest.mark.etcd]
 
@@ -45,3 +45,20 @@ def test_a_killed_router_costs_no_request_of_clients_that_follow_the_retry_polic
     load.assert_none_failed()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_all_instances_killed_at_once_cost_no_request_that_may_wait_for_new_ones(rig: Rig) -> None:
+    """Their records and copies stand in every view until their leases end, and all of them are
+    connection refused; requests wait until new instances have come and loaded what they want."""
+    children = [f"instance-{number + 1}" for number in range(INSTANCES)]
+    # How long new ones take to start is the machine's, so the bound is not the default here.
+    with rig.policy("placement_wait_ms=60s"), rig.steady(rate=60.0, deadline_s=60.0) as load:
+        load.more(200)
+        pids = {child: rig.signal(child, signal.SIGKILL) for child in children}
+        load.until(
+            lambda: all(rig.is_replaced(child, pid) for child, pid in pids.items()),
+            "others in their place",
+        )
+        load.more(200)
+        load.until(rig.is_whole, "a whole mesh")
+    load.assert_none_failed()
