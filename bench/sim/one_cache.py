@@ -397,7 +397,7 @@ def measure_all(requests: int, seed: int) -> dict[str, Any]:
     print(table(["workload", f"{SHIPPED} against LRU", "value", "at least", "reached"], lines))
     return {
         "benchmark": "sim-eviction",
-        "machine": machine(),
+        "machine": {**machine(), "command": "python -m bench.sim.one_cache"},
         "room_share": ROOM_SHARE,
         "warm_share": WARM_SHARE,
         "requests": requests,
