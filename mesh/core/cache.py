@@ -185,27 +185,23 @@ class Cache:
     # ---- triggers ----
 
     def _admit(self, event: LoadWanted, now_ms: int) -> None:
-        need = event.size_bytes or self.config.default_size_bytes
-        refusal: Reason | None = None
+        capacity, need = self.config.capacity_bytes, event.size_bytes
+        reason: Reason | None = None
         if self.draining:
-            refusal = Reason.DRAINING
-        elif event.size_bytes and need <= self.config.capacity_bytes:
-            refusal = (
-                None
-                if need <= self._room.obtainable_bytes(self._active.values())
-                else Reason.NO_ROOM
-            )
-        if refusal is not None:
-            self._out.append(rejection(event.model_id, need, refusal))
-            self._out.append(Publish(event.model_id, REMOVED, 0, refusal))
-            return
-        if event.size_bytes > self.config.capacity_bytes:
-            error = too_large(event.model_id, event.size_bytes, self.config.capacity_bytes)
-            self._out.append(LoadEnded(event.model_id, Reason.TOO_LARGE, event.size_bytes, error))
-            self._out.append(Publish(event.model_id, REMOVED, 0, Reason.TOO_LARGE))
+            reason = Reason.DRAINING
+        elif need > capacity:
+            reason = Reason.TOO_LARGE
+            error = too_large(event.model_id, need, capacity)
+            self._out.append(LoadEnded(event.model_id, reason, need, error))
+        elif need > self._obtainable_bytes():
+            reason = Reason.NO_ROOM
+        if reason is not None:
+            if reason is not Reason.TOO_LARGE:
+                self._out.append(rejection(event.model_id, need, reason))
+            self._out.append(Publish(event.model_id, REMOVED, 0, reason))
             return
         self._sequence += 1
-        default = min(self.config.default_size_bytes, self.config.capacity_bytes)
+        default = min(self.config.default_size_bytes, capacity)
         copy = Copy(event, self._sequence, default, now_ms)
         self._copies[copy.model_id] = self._active[copy.model_id] = copy
         self._room.terms(copy)
@@ -251,7 +247,7 @@ class Cache:
             self._enter_loading(copy, reason)
         elif copy.proactive:
             self._reject(copy, Reason.NO_FREE_MEMORY)
-        elif need > self._room.obtainable_bytes(self._active.values()):
+        elif need > self._obtainable_bytes():
             self._reject(copy, Reason.NO_ROOM)
         elif self._room.would_churn(now_ms):
             self._reject(copy, Reason.CHURN)
@@ -439,19 +435,16 @@ class Cache:
 
     def _settle_measured(self, now_ms: int) -> None:
         sizing = [copy for copy in self._active.values() if copy.state is SIZING]
-        for copy in sorted(sizing, key=lambda copy: copy.sequence):
+        sizing.sort(key=lambda copy: copy.sequence)
+        for copy in sizing:
             if not copy.overrun_bytes or self.used_bytes <= self.config.capacity_bytes:
                 self._step(copy, T.MEMORY_GRANTED, None, now_ms)
             elif copy.proactive:  # nobody is evicted for that
                 self._step(copy, T.NO_MEMORY, None, now_ms)
         # Those left exceed their predictions. When even all that may go cannot make room, the
         # youngest of them goes itself; else they would wait for each other.
-        left = sorted(
-            (copy for copy in sizing if copy.state is SIZING), key=lambda copy: copy.sequence
-        )
-        while left and sum(copy.size_bytes for copy in left) > self._room.obtainable_bytes(
-            self._active.values()
-        ):
+        left = [copy for copy in sizing if copy.state is SIZING]
+        while left and sum(copy.size_bytes for copy in left) > self._obtainable_bytes():
             self._step(left.pop(), T.NO_MEMORY, None, now_ms)
 
     def _grant_slots(self, now_ms: int) -> None:
@@ -508,6 +501,9 @@ class Cache:
             wanted_bytes -= self._copies[victim].size_bytes
             self._step(self._copies[victim], T.EVICTED, None, now_ms)
         return wanted_bytes
+
+    def _obtainable_bytes(self) -> int:
+        return self._room.obtainable_bytes(self._active.values())
 
     def _over_or_waiting(self) -> bool:
         return any(copy.state in (WAITING, SIZING) for copy in self._active.values())
