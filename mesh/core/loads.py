@@ -7,8 +7,8 @@ shell carries a step out (``AskLoad``: count it as pending in the view and call 
 ``GiveUp``: fail them) and feeds the outcome back.
 
 When there is no place right now but may be one soon (no instance is ready, all memory is busy,
-nobody answers), the load waits and looks again, with what stood in the way forgotten; only where
-the model itself failed it is not tried again.
+nobody answers), the load waits and looks again, with what stood in the way forgotten; only who
+still seems not to answer is not asked again, nor where the model itself failed.
 
 It must not call anything or keep anything: the state of a load is the frozen ``LoadState`` that
 goes in and comes out. Bounds: ``Policy.hops_max`` instances asked between two waits,
@@ -148,7 +148,8 @@ Step = Release | AskLoad | Wait | GiveUp
 class LoadState:
     """One load's history. ``failures`` are what this load saw; the view may lag behind them, so
     the shell should also put each new one into its view (``put_failure``). ``hops`` and
-    ``excluded`` are of the time since the last wait, but that who failed stays excluded."""
+    ``excluded`` are of the time since the last wait, but that who failed stays excluded, and who
+    does not answer as long as that is so."""
 
     model_id: str
     hops: int = 0
@@ -236,7 +237,9 @@ def next_step(
             )
         case Waited():
             since_ms = max(state.waiting_since_ms or 0, outcome.asked_at_ms)
-            state = replace(state, hops=0, excluded=state.failed_on, waiting_since_ms=since_ms)
+            # Who seems not to answer even now would be asked in vain, at each look.
+            still = state.failed_on | state.excluded.intersection(avoid)
+            state = replace(state, hops=0, excluded=still, waiting_since_ms=since_ms)
         case _:
             assert_never(outcome)
     return _seek(state, view, now_ms, policy, avoid)

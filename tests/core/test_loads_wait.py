@@ -257,6 +257,22 @@ def test_who_could_not_be_reached_is_asked_again_after_a_wait() -> None:
     assert load.asks() == "a"
 
 
+def test_who_seems_not_to_answer_is_asked_again_when_that_is_over_and_not_before() -> None:
+    load = Load(instance("a"), instance("b"), avoid="a")
+    load.answer(Rejected("b", "no room"))
+    load.answer(Unreachable("a", "connection refused"))
+    for _ in range(3):
+        load.waited()
+        assert load.asks() == "b"
+        load.answer(Rejected("b", "no room"))
+        assert load.waits().reason == "all_excluded"
+    load.avoid = set()
+    load.waited()
+    asked = {load.asks()}
+    load.answer(Rejected(load.asks(), "no room"))
+    assert asked | {load.asks()} == {"a", "b"}
+
+
 def test_who_was_excluded_by_the_request_is_asked_again_after_a_wait() -> None:
     load = excluded()
     load.waited()
