@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 QUEUE_RETRY_MS: Final = 1_000
 # Paused loads that look again in one turn of the loop: a look costs up to a millisecond.
 WAKE_SLICE: Final = 32
+REFUSALS_NOTED_MS: Final = 1_000
 
 # Called once with the instance that has the copy, or with the error.
 Ended = Callable[[str | MeshError], None]
@@ -107,6 +108,7 @@ class Loads:
         self._paused: dict[_Flight, None] = {}  # the one first that has paused the longest
         self._to_wake = 0  # so many of them have not looked since the view changed
         self._waking: asyncio.TimerHandle | None = None
+        self._refused_ms: dict[str, int] = {}  # by reason: when a refusal was last noted
         self._background: set[asyncio.Task[object]] = set()
         self._waiting = 0
 
@@ -333,7 +335,7 @@ class Loads:
             avoid=self._avoid(),
         )
         if isinstance(step, core.GiveUp) or (isinstance(step, core.Wait) and not awaited):
-            self._note("give_up", step.reason, model_id, step.detail)
+            self._note_refusal(step, model_id)
             raise step.error()
         flight = _Flight(model_id, last_used_at_ms)
         self._flights[model_id] = flight
@@ -434,6 +436,14 @@ class Loads:
                 runner_up=(placement.runner_up or "") if placement is not None else "",
                 detail=placement.detail if placement is not None else "",
             )
+
+    def _note_refusal(self, step: core.GiveUp | core.Wait, model_id: str) -> None:
+        """Of requests that are refused at once one a second and reason is noted: a broken model
+        may be asked for thousands of times."""
+        now_ms = self._now_ms()
+        if now_ms - self._refused_ms.get(step.reason, 0) >= REFUSALS_NOTED_MS:
+            self._refused_ms[step.reason] = now_ms
+            self._note("give_up", step.reason, model_id, step.detail)
 
     def _note(self, kind: str, reason: str, model_id: str, detail: str) -> None:
         if self._decisions is not None:

@@ -241,3 +241,27 @@ async def test_what_was_decided_is_noted_in_the_words_of_the_core(world) -> None
     with pytest.raises(MeshError):
         await loads.load("m")
     assert decisions.decisions.recent(1)[0].reason == "no_runtime"
+
+
+async def test_requests_for_a_broken_model_do_not_flood_what_is_noted(world) -> None:
+    decisions = DecisionLog(now_ms=lambda: world.now_ms)
+    loads = Loads(
+        world.view,
+        world.peers,
+        world.metrics,
+        policy=PATIENT,
+        now_ms=lambda: world.now_ms,
+        decisions=decisions,
+    )
+    world.instance("a")
+    world.model("m", model_type="abacus")
+
+    def refused(count: int) -> int:
+        for _ in range(count):
+            with pytest.raises(MeshError, match="abacus"):
+                loads.begin("m")
+        return len(decisions.decisions)
+
+    assert refused(100) == 1
+    world.now_ms += 1_000
+    assert refused(100) == 2
