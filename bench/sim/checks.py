@@ -16,8 +16,8 @@ from mesh.core.placement import Placement
 from mesh.core.types import CopyState, InstanceState, LoadPriority
 
 if TYPE_CHECKING:
-    from bench.sim.instance import Flight, SimInstance
-    from bench.sim.messages import Wish
+    from bench.sim.instance import SimInstance
+    from bench.sim.messages import Flight, Wish
     from bench.sim.router import SimRouter
     from bench.sim.world import World
 

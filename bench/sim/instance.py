@@ -16,10 +16,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, assert_never
 
 from bench.sim.draining import Draining
-from bench.sim.messages import Answer, Wish
+from bench.sim.loading import Loading
+from bench.sim.messages import Answer, Flight, Wish
 from bench.sim.publishing import ClaimResult, Publishing
 from bench.sim.scaler import SimScaler, SimServable
-from bench.sim.store import LastUsed, LeaseGone
+from bench.sim.store import LeaseGone
+from bench.sim.telling import Telling
 from bench.sim.world import World
 from mesh.core.cache import Cache
 from mesh.core.cache_events import (
@@ -28,27 +30,21 @@ from mesh.core.cache_events import (
     Drain,
     Event,
     Instruction,
-    LoadBroken,
     LoadEnded,
-    LoadFinished,
     LoadWanted,
     Publish,
     Reason,
     RejectLoad,
-    SizePredicted,
     StartFetch,
     StartLoad,
     StartUnload,
-    Tick,
-    UnloadFinished,
     UnloadWanted,
 )
 from mesh.core.cache_table import CacheConfig, Copy
-from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError, Unavailable
+from mesh.core.errors import RETRYABLE, MeshError, Unavailable
 from mesh.core.loads import failure_record
 from mesh.core.placement import predict_size_bytes
-from mesh.core.types import CopyRecord, CopyState, InstanceRecord, InstanceState, ModelRecord
-from mesh.instance.advert import notable
+from mesh.core.types import CopyRecord, CopyState, InstanceState, ModelRecord
 from mesh.instance.answers import LoadAnswer, LoadOutcome
 from mesh.instance.measured import differs
 from mesh.instance.pod import UNLOAD_WAIT_S
@@ -58,33 +54,8 @@ if TYPE_CHECKING:
     from bench.sim.neighbours import PeerCall
 
 NO_COPIES: Final[dict[str, Copy]] = {}
-RATE_WINDOW_MS: Final = 10_000
 # After a lost lease a claim is tried again so much later, once.
 LEASE_WAIT_MS: Final = 20.0
-
-
-class Flight:
-    """One load, from the first wish to its answer."""
-
-    __slots__ = ("answers", "claim_revision", "in_cache", "record", "wish")
-
-    def __init__(self, wish: Wish) -> None:
-        self.wish = wish
-        self.answers: list[Answer] = []
-        self.record: ModelRecord | None = None
-        self.claim_revision = 0
-        self.in_cache = False
-
-
-class Job:
-    """The work of one load: ``mesh.instance.loader``. Ends by exactly one report."""
-
-    __slots__ = ("abandoned", "began", "fetching")
-
-    def __init__(self, began: float) -> None:
-        self.began = began
-        self.fetching = True
-        self.abandoned = False
 
 
 class SimInstance:
@@ -107,6 +78,8 @@ class SimInstance:
         self.requests = 0
         self.loads = 0  # that came to an end well
         self.publishing = Publishing(self)
+        self.loading = Loading(self)
+        self.telling = Telling(self)
         self.flights: dict[str, Flight] = {}
         self.records: dict[str, ModelRecord] = {}
         self._copies: dict[str, Copy] = {}  # what ``serving`` is while it takes requests
@@ -114,22 +87,15 @@ class SimInstance:
         self._failed: dict[str, tuple[int, LoadAnswer]] = {}
         self._gone: dict[str, list[Callable[[], None]]] = {}
         self.peer_calls: dict[PeerCall, None] = {}  # loads that other instances have asked for
-        self._jobs: dict[str, Job] = {}
         self._claimed_at_ms: dict[str, int] = {}
         self.servables: dict[str, SimServable] = {}  # what the scaler sees of the copies
         self.use_book = UseBook()
-        self._last: InstanceRecord | None = None
-        self._last_at_ms = 0
-        self._flushed_at_ms = world.engine.now_ms
-        self._rate = (world.engine.now_ms, 0, 0)
-        self._started_at_ms = world.engine.now_ms
-        self._next_tick = 0.0
         self.serving = self._copies
 
     def start(self) -> None:
         self.publishing.renew()
-        self._advertise()
-        self._tick_in(self.world.settings.tick_ms)
+        self.telling.advertise()
+        self.telling.something_happened()
         if self.world.settings.scaling:
             SimScaler(self)
 
@@ -197,7 +163,7 @@ class SimInstance:
             return
         self.state = InstanceState.DRAINING
         self.apply(Drain())
-        self._advertise()
+        self.telling.advertise()
         Draining(self, timeout_ms)
 
     def refuse(self) -> None:
@@ -400,7 +366,7 @@ class SimInstance:
         cache = self.cache
         instructions = cache.handle(event, self.world.engine.now_ms)
         self.world.checks.handled(self, event)
-        self._tick_in(self.world.settings.tick_ms)
+        self.telling.something_happened()
         for instruction in instructions:
             self._carry_out(instruction)
         if self._gone:
@@ -413,9 +379,9 @@ class SimInstance:
             case StartFetch(model_id):
                 self._start_fetch(model_id)
             case StartLoad(model_id):
-                self._start_load(model_id)
+                self.loading.start_load(model_id)
             case AbandonLoad(model_id):
-                self._abandon(model_id)
+                self.loading.abandon(model_id)
             case StartUnload(model_id, reason):
                 self._start_unload(model_id, reason)
             case Publish(model_id, CopyState.LOADED, size_bytes):
@@ -434,59 +400,10 @@ class SimInstance:
                 assert_never(instruction)
 
     def _start_fetch(self, model_id: str) -> None:
-        world = self.world
         flight = self.flights[model_id]
-        world.checks.load_starts(self, flight)
-        world.trace.note("load", model_id, self.instance_id, flight.wish.priority.value)
-        world.stats.loads_started += 1
-        world.stats.bytes_pulled += world.costs.size_bytes[model_id]
-        job = self._jobs[model_id] = Job(world.engine.time)
-        fetch_ms = world.costs.load_ms[model_id] * world.settings.fetch_share
-        self.after(fetch_ms * self._factor(), self._fetched, model_id, job)
-
-    def _factor(self) -> float:
-        return self.world.troubles.load_factor.get(self.instance_id, 1.0)
-
-    def _fetched(self, model_id: str, job: Job) -> None:
-        if job.abandoned:
-            return
-        job.fetching = False
-        size_bytes = self.world.costs.size_bytes[model_id]
-        error_share = self.world.settings.size_error_share
-        if error_share:
-            size_bytes = max(1, int(size_bytes * (1.0 - self.world.random.random() * error_share)))
-        self.apply(SizePredicted(model_id, size_bytes))
-
-    def _start_load(self, model_id: str) -> None:
-        share = 1.0 - self.world.settings.fetch_share
-        load_ms = self.world.costs.load_ms[model_id] * share * self._factor()
-        self.after(load_ms, self._load_over, model_id)
-
-    def _abandon(self, model_id: str) -> None:
-        """A fetch is cancelled; a runtime cannot be, and its model is unloaded when it comes."""
-        job = self._jobs[model_id]
-        if job.fetching:
-            job.abandoned = True
-            self.after(0.0, self._cancelled, model_id)
-
-    def _cancelled(self, model_id: str) -> None:
-        self._job_ends(model_id)
-        self.apply(
-            LoadBroken(model_id, LoadFailed("the load was abandoned", code=Code.UNAVAILABLE))
-        )
-
-    def _load_over(self, model_id: str) -> None:
-        took_ms = int(self._job_ends(model_id))
-        failure = self.world.load_failure(model_id)
-        if failure is not None:
-            self.apply(LoadBroken(model_id, failure))
-        else:
-            size_bytes = self.world.costs.size_bytes[model_id]
-            self.apply(LoadFinished(model_id, size_bytes, took_ms))
-
-    def _job_ends(self, model_id: str) -> float:
-        self.world.checks.load_ends(self, model_id)
-        return self.world.engine.time - self._jobs.pop(model_id).began
+        self.world.checks.load_starts(self, flight)
+        self.world.trace.note("load", model_id, self.instance_id, flight.wish.priority.value)
+        self.loading.start_fetch(model_id)
 
     def _loaded(self, model_id: str) -> None:
         copy = self.cache.get(model_id)
@@ -544,7 +461,7 @@ class SimInstance:
         stats.unloads += 1
         self.world.trace.note("unload", model_id, self.instance_id, reason.value)
         self.records.pop(model_id, None)
-        self.after(self.world.settings.unload_ms, self.apply, UnloadFinished(model_id))
+        self.loading.start_unload(model_id)
 
     def _load_failed(self, model_id: str, size_bytes: int, error: MeshError) -> None:
         world = self.world
@@ -585,69 +502,6 @@ class SimInstance:
         answers, flight.answers = flight.answers, []
         for told in answers:
             told(answer)
-
-    # ---- what it says of itself -------------------------------------------------------------
-
-    def _tick(self, due: float) -> None:
-        """Production looks every half second; here only when something may have changed."""
-        if due != self._next_tick:
-            return  # an earlier one has been asked for since
-        if self.cache.loading_count:
-            self.apply(Tick())
-        self._advertise()
-        now_ms, policy = self.world.engine.now_ms, self.world.policy
-        if now_ms - self._flushed_at_ms >= policy.last_used_flush_ms:
-            self._flush_last_used()
-        busy = self.cache.loading_count or self._last_at_ms + policy.advert_min_interval_ms > now_ms
-        self._next_tick = 0.0
-        self._tick_in(self.world.settings.tick_ms if busy else policy.advert_max_interval_ms)
-
-    def _tick_in(self, delay_ms: float) -> None:
-        due = self.world.engine.time + delay_ms
-        if not self._next_tick or due < self._next_tick:
-            self._next_tick = due
-            self.after(delay_ms, self._tick, due)
-
-    def _advertise(self) -> None:
-        record, now_ms = self.record(), self.world.engine.now_ms
-        reason = notable(self._last, record, now_ms - self._last_at_ms, self.world.policy)
-        if reason is not None:
-            self._last, self._last_at_ms = record, now_ms
-            self.publishing.put_own(record)
-
-    def _flush_last_used(self) -> None:
-        self._flushed_at_ms = self.world.engine.now_ms
-        half_life_ms = self.world.policy.use_half_life_ms
-        uses, scores = self.use_book.flush(self.cache.copies(), half_life_ms)
-        if uses:
-            self.publishing.put(LastUsed(self.instance_id, uses, scores))
-
-    def record(self) -> InstanceRecord:
-        cache = self.cache
-        return InstanceRecord(
-            instance_id=self.instance_id,
-            address=self.instance_id,
-            state=self.state,
-            capacity_bytes=cache.config.capacity_bytes,
-            used_bytes=cache.used_bytes,
-            model_count=len(self._copies),
-            loading_count=cache.loading_count,
-            load_slots=cache.config.load_slots,
-            lru_at_ms=cache.oldest_use_at_ms(),
-            requests_per_minute=self._requests_per_minute(),
-            started_at_ms=self._started_at_ms,
-            model_types=("onnx",),
-            zone=self.zone,
-            victim_score=cache.victim_score(self.world.engine.now_ms),
-        )
-
-    def _requests_per_minute(self) -> int:
-        since_ms, count, rate = self._rate
-        now_ms = self.world.engine.now_ms
-        if now_ms - since_ms >= RATE_WINDOW_MS:
-            rate = round((self.requests - count) * 60_000 / (now_ms - since_ms))
-            self._rate = (now_ms, self.requests, rate)
-        return rate
 
 
 def _rejected(model_id: str, why: str) -> LoadAnswer:

@@ -21,3 +21,16 @@ class Wish(flights.Wish):
 
 
 Answer = Callable[[LoadAnswer], None]
+
+
+class Flight:
+    """One load in an instance, from the first wish to its answer."""
+
+    __slots__ = ("answers", "claim_revision", "in_cache", "record", "wish")
+
+    def __init__(self, wish: Wish) -> None:
+        self.wish = wish
+        self.answers: list[Answer] = []
+        self.record: ModelRecord | None = None
+        self.claim_revision = 0
+        self.in_cache = False
