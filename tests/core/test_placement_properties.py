@@ -152,8 +152,8 @@ def nobody_else(found: Placement, told: tuple[Candidate, ...], avoid: set[str]) 
         assert all("being_replaced" in c.marks for c in answering)
         return
     staying = [c for c in answering if "being_replaced" not in c.marks]
-    if found.full:
-        assert all(c.full for c in staying)
+    if found.full:  # room is not worth a queue: one with room may have its load slots in use
+        assert all(c.full or c.loads_in_progress > 0 for c in staying)
     elif "not_preferred" in found.marks:
         assert all(c.full or "not_preferred" in c.marks for c in staying)
 
