@@ -52,6 +52,9 @@ class Patience:
     ping_timeout_s: float = 0.75
     # A connection without calls is asked this often: 5 PINGs in 10 s, far below any bound on them.
     idle_ping_s: float = 2.0
+    # After so much silence another connection is made: the way may be broken and not the peer (a
+    # router that forgot the flow drops everything without a word).
+    second_way_s: float = 2.0
     # A silent connection is kept so long: its peer may be stopped for a moment, and answer then.
     silent_close_s: float = 30.0
     # When the watch itself comes so late, this process was held up: nobody is blamed for that time.

@@ -97,9 +97,7 @@ class Peer:
         else:
             self._waiting.append((now_s, on_ready))
             if self._connecting is None:
-                self._connecting_since_s = now_s
-                loop = asyncio.get_running_loop()
-                self._connecting = loop.create_task(self._connect(pump_of(loop)))
+                self._begin_connecting(now_s)
 
     def usable(self) -> Outbound | None:
         """A connection that can open a stream now."""
@@ -112,6 +110,11 @@ class Peer:
                 return link.conn
         self.current = None
         return None
+
+    def _begin_connecting(self, now_s: float) -> None:
+        self._connecting_since_s = now_s
+        loop = asyncio.get_running_loop()
+        self._connecting = loop.create_task(self._connect(pump_of(loop)))
 
     async def _connect(self, pump: Pump) -> None:
         try:
@@ -195,6 +198,14 @@ class Peer:
             self.heard_s >= self.silent_since_s or not (self._links or connecting)
         ):
             self.silent_since_s = 0.0
+        if self.silent_since_s and not connecting:
+            self._try_second_way(now_s, patience)
+
+    def _try_second_way(self, now_s: float, patience: Patience) -> None:
+        """What a new connection brings is an answer of the peer like any other."""
+        due_s = max(self._refuse_until_s, self.silent_since_s + patience.second_way_s)
+        if now_s >= due_s and not self.closed and len(self._links) < _CONNECTIONS_MAX:
+            self._begin_connecting(now_s)
 
     def _fell_silent(self, asked_s: float, now_s: float) -> None:
         """Nothing was heard since ``asked_s``: that holds for all connections that say nothing."""

@@ -42,6 +42,11 @@ def decisions(world) -> list[tuple[str, str, str]]:
     return [(d.kind, d.reason, d.instance_id) for d in reversed(noted)]
 
 
+def held(world) -> int:
+    """Calls that wait: for a load or a place, or for an instance that is to come back."""
+    return world.dispatcher.waiting + world.loads.waiting
+
+
 # ---- who is avoided ------------------------------------------------------------------------------
 
 
@@ -177,7 +182,7 @@ async def test_the_only_instance_stands_still_and_its_calls_wait_until_it_goes_o
     world.silent("a")
     fail(world, under_way, Failure.SILENT)
     fresh = world.call("m", deadline_s=1e9)
-    await world.until(lambda: world.dispatcher.waiting == 2)
+    await world.until(lambda: held(world) == 2)
     world.speaks("a")
     await world.until(lambda: len(under_way.forwards) == 2 and fresh.forwards)
     assert under_way.error is None and fresh.forwards == ["a:1"]
@@ -203,7 +208,7 @@ async def test_a_load_that_fails_is_not_the_end_while_the_copy_may_come_back(wor
     world.script("b", *[RpcError(Code.UNAVAILABLE, "refused")] * 50)
     world.silent("a")
     call = world.call("m")
-    await world.until(lambda: world.dispatcher.waiting)
+    await world.until(lambda: held(world))
     world.speaks("a")
     await world.until(lambda: call.forwards)
     assert call.error is None
@@ -214,7 +219,7 @@ async def test_when_the_copy_is_gone_from_the_view_the_call_goes_where_there_is_
     one_copy(world)
     world.silent("a")
     call = world.call("m")
-    await world.until(lambda: world.dispatcher.waiting == 1)
+    await world.until(lambda: held(world) == 1)
     world.view.delete_instance("a")
     world.instance("b")
     world.loads.view_changed()
@@ -247,7 +252,7 @@ async def test_a_client_that_goes_away_while_its_call_waits_leaves_nothing(world
     one_copy(world)
     world.silent("a")
     call = world.call("m")
-    await world.until(lambda: world.dispatcher.waiting)
+    await world.until(lambda: held(world))
     call.finish(int(Code.CANCELLED))
     world.speaks("a")
     assert call.forwards == []

@@ -173,6 +173,21 @@ async def test_what_was_silent_for_long_is_closed_and_made_anew(world: World) ->
     assert len(world.instances[0].received) == 2 and world.dispatch.failures == []
 
 
+async def test_a_broken_way_is_replaced_by_another_to_the_same_instance(world: World) -> None:
+    """Long before the silent connection is given up; only that one says nothing."""
+    up = world.upstreams[0]
+    await world.channel().unary(INFER, request(), timeout_s=60)
+    broken = up.current
+    Paused(world, 0).pause()
+    patience = replace(EAGER, second_way_s=0.0)
+    await silent(up, patience)
+    await answering(up, patience)
+    assert up.current is not None and up.current is not broken
+    assert broken is not None and broken.silent and not broken.closed
+    await world.channel().unary(INFER, request(), timeout_s=60)
+    assert len(world.instances[0].received) == 2 and world.dispatch.failures == []
+
+
 async def test_nobody_is_blamed_for_the_time_in_which_the_watch_was_held_up(world: World) -> None:
     pending = await in_flight(world)
     up = world.upstreams[0]
