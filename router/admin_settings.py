@@ -16,7 +16,7 @@ import orjson
 from mesh import admin_views as views
 from mesh.core.errors import InvalidArgument
 from mesh.core.live_config import POLICY, TYPE_CONSTRAINTS, type_constraints
-from mesh.core.policy import Policy, overridden
+from mesh.core.policy import Policy, known_only, overridden
 from mesh.core.view import ClusterView
 from mesh.live_policy import LivePolicy
 from mesh.policy_reasons import thresholds
@@ -26,8 +26,8 @@ from router.rpc import Rpcs
 
 log = logging.getLogger(__name__)
 
-# Given once, when an instance joins.
-_AT_START: Final = frozenset({"instance_lease_ttl_ms"})
+# Given once: a lease when an instance joins, its memory of evicted models with the order.
+_AT_START: Final = frozenset({"instance_lease_ttl_ms", "evicted_remembered_max"})
 _NAMES: Final = frozenset(item.name for item in fields(Policy))
 
 
@@ -55,11 +55,11 @@ class SettingsAdmin:
             raise InvalidArgument(f"policy.{both[0]}: both set and unset")
 
         def changed(config: Config) -> Config:
-            for name in unset - config.keys() - _NAMES:
+            for name in (overrides.keys() | unset - config.keys()) - _NAMES:
                 overridden(self.live.base, {name: 0})  # says what it could have meant
             kept = {name: value for name, value in config.items() if name not in unset}
             wanted = kept | overrides
-            overridden(self.live.base, wanted)
+            overridden(self.live.base, known_only(wanted)[0])  # others may stand there already
             return wanted
 
         wanted = await self.settings.change(POLICY, changed, reset=request.reset)
@@ -88,7 +88,8 @@ class SettingsAdmin:
                 reason=threshold.reason,
             )
             rows.append(row)
-        view = views.PolicyView(tuple(rows), live.refused, tuple(warnings))
+        told = [*warnings, *(f"this router knows no {name}; passed over" for name in live.unknown)]
+        view = views.PolicyView(tuple(rows), live.refused, tuple(told))
         return pb.PolicyResponse(json=views.encode(view))
 
     async def get_type_constraints(

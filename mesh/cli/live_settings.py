@@ -95,14 +95,18 @@ def _change(
     view = json.loads(
         session.connect().set_policy(json.dumps(overrides), unset, reset=reset, timeout_s=timeout_s)
     )
-    for warning in view.get("warnings", ()):
-        note(f"warning: {warning}")
+    _warn(view)
     changed = {*overrides, *unset}
     rows = [row for row in view["rows"] if row["name"] in changed]
     for row in rows:
         out(f"{row['name']} = {row['value']} ({row['source']})\n")
     if reset:
         out("no overrides are left\n")
+
+
+def _warn(view: dict[str, Any]) -> None:
+    for warning in view.get("warnings", ()):
+        note(f"warning: {warning}")
 
 
 def _show_policy(
@@ -128,6 +132,7 @@ def _show_policy(
             wide, colour = format_ is ListFormat.wide, sys.stdout.isatty()
             if shown:
                 out(output.table(shown, output.policy_columns(), wide=wide, colour=colour))
+    _warn(view)
     if view.get("refused"):
         note(
             f"warning: what stands in config/policy is not acted on: {view['refused']}; "

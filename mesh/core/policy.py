@@ -250,7 +250,7 @@ _ORDERED: Final = (
 
 def overridden(base: Policy, overrides: Mapping[str, object]) -> Policy:
     """``base`` with some fields changed. A whole number does for a share. Raises InvalidArgument
-    that names the field."""
+    that names the field; ``known_only`` takes away what it does not know."""
     known = {item.name: str(item.type) for item in fields(Policy)}
     changes: dict[str, object] = {}
     for name, value in overrides.items():
@@ -262,6 +262,14 @@ def overridden(base: Policy, overrides: Mapping[str, object]) -> Policy:
             value = float(value)
         changes[name] = value
     return replace(base, **changes)  # type: ignore[arg-type]  # checked by __post_init__
+
+
+def known_only(overrides: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
+    """What this version knows of ``overrides``, and the other names, sorted: where versions run
+    side by side, a newer one may have written them."""
+    known = {item.name for item in fields(Policy)}
+    taken = {name: value for name, value in overrides.items() if name in known}
+    return taken, tuple(sorted(overrides.keys() - known))
 
 
 def expected(name: str, kind: str) -> str:

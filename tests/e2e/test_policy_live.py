@@ -40,7 +40,7 @@ class Rig:
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
-    def set(self, **thresholds: int) -> None:
+    def override(self, **thresholds: int) -> None:
         self.command("policy", "set", *(f"{name}={value}" for name, value in thresholds.items()))
 
     def apply(self, name: str, **annotations: str) -> None:
@@ -83,7 +83,7 @@ def rig(running: Rig) -> Iterator[Rig]:
 
 def test_a_model_that_is_asked_hard_gets_a_second_copy_and_loses_it_at_rest(rig: Rig) -> None:
     rig.apply("busy")
-    rig.set(scale_up_requests_per_minute=60, scale_up_cooldown_ms=0)
+    rig.override(scale_up_requests_per_minute=60, scale_up_cooldown_ms=0)
 
     def asked_hard() -> bool:
         assert all(rig.ask.labels("busy") == LABELS for _ in range(20))
@@ -91,7 +91,9 @@ def test_a_model_that_is_asked_hard_gets_a_second_copy_and_loses_it_at_rest(rig:
 
     eventually(asked_hard, "a second copy")
     assert ("scale_up", "rate") in rig.decided("busy")
-    rig.set(second_copy_idle_ms=1_000, second_copy_idle_short_ms=1_000, scale_down_cooldown_ms=0)
+    rig.override(
+        second_copy_idle_ms=1_000, second_copy_idle_short_ms=1_000, scale_down_cooldown_ms=0
+    )
     eventually(lambda: rig.copies("busy") == 1, "a single copy")
     assert ("scale_down", "idle") in rig.decided("busy")
     assert rig.ask.labels("busy") == LABELS
@@ -109,7 +111,7 @@ def test_a_model_that_rests_is_unloaded_and_comes_back_when_it_is_asked(
         assert rig.ask.labels("kept") == LABELS
     assert rig.ask.labels("resting") == LABELS
     if whose == "the mesh's time-out":
-        rig.set(idle_unload_ms=500)
+        rig.override(idle_unload_ms=500)
     eventually(lambda: rig.copies("resting") == 0, "the end of a copy that rests")
     assert ("unload", "idle") in rig.decided("resting")
     assert rig.ask.labels("resting") == LABELS
@@ -118,7 +120,7 @@ def test_a_model_that_rests_is_unloaded_and_comes_back_when_it_is_asked(
 
 
 def test_what_was_used_comes_back_ahead_of_requests_when_all_instances_are_new(rig: Rig) -> None:
-    rig.set(proactive_sweep_ms=200, proactive_quiet_ms=0, drain_recent_ms=0)
+    rig.override(proactive_sweep_ms=200, proactive_quiet_ms=0, drain_recent_ms=0)
     rig.apply("used")
     rig.apply("never-used")
     assert rig.ask.labels("used") == LABELS

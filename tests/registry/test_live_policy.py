@@ -42,7 +42,13 @@ class World:
         ("nonsense changes nothing", [{"hops_max": 0}], [], ["refused"]),
         ("nonsense leaves the last good one", [{"hops_max": 7}, {"hops_max": 0}], [7],
          ["changed", "refused"]),
-        ("one wrong value spoils the others beside it", [{"hops_max": 7, "x": 1}], [], ["refused"]),
+        ("one wrong value spoils the others beside it", [{"hops_max": 7, "drain_moves": 0}], [],
+         ["refused"]),
+        ("a name of another version is passed over and the rest holds", [{"hops_max": 7, "x": 1}],
+         [7], ["changed"]),
+        ("a name of another version alone is no change", [{"x": 1}], [], []),
+        ("beside a name of another version nonsense is refused all the same",
+         [{"hops_max": 0, "x": 1}], [], ["refused"]),
         ("mended, it is applied", [{"hops_max": 0}, {"hops_max": 8}], [8], ["refused", "changed"]),
     ],
 )  # fmt: skip
@@ -61,3 +67,13 @@ def test_nonsense_is_logged_once_with_the_field(caplog: pytest.LogCaptureFixture
     errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
     assert len(errors) == 1
     assert "policy.hops_max" in errors[0]
+
+
+def test_a_name_of_another_version_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    world.read({"newer": 1, "hops_max": 7}, {"newer": 1, "hops_max": 8}, {"newer": 2})
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "newer" in warnings[0]
+    assert world.live.unknown == ("newer",)
+    assert dict(world.live.overrides) == {}

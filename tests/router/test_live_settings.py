@@ -135,6 +135,21 @@ async def test_nonsense_that_stands_in_the_store_is_told_and_the_last_good_polic
     assert (await get_policy(mesh))["refused"] == ""
 
 
+async def test_a_threshold_of_another_version_stays_in_the_store_and_can_be_taken_away(
+    mesh: MeshRig,
+) -> None:
+    await mesh.add_router()
+    mesh.server.apply([Put(KEY, b'{"newer_ms": 5}')])
+    view = await set_policy(mesh, set={"hops_max": 9})
+    assert row(view, "hops_max") == (9, 4, "live")
+    assert ["newer_ms" in text for text in view["warnings"]] == [True]
+    found = mesh.server.get(KEY)
+    assert found is not None
+    assert orjson.loads(found.value) == {"hops_max": 9, "newer_ms": 5}
+    assert (await set_policy(mesh, unset=["newer_ms"]))["warnings"] == []
+    assert hops(mesh) == [9]
+
+
 async def test_a_value_that_is_no_object_can_be_replaced(mesh: MeshRig) -> None:
     await mesh.add_router()
     mesh.server.apply([Put(KEY, b"[]")])
