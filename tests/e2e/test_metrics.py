@@ -7,7 +7,7 @@ import json
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mesh.metrics import SERIES, Role
+from mesh.metric_series import SERIES, Role
 from protos import oip_pb2 as oip
 from tests.e2e.asking import (
     OIP,

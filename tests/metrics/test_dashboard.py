@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mesh.metrics import SERIES, Kind, exposed_names
+from mesh.metric_series import SERIES, Kind, exposed_names
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy/dashboards/mesh.json"

@@ -7,7 +7,8 @@ import re
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mesh.metrics import InstanceMetrics, RouterMetrics, exposed_names
+from mesh.metric_series import exposed_names
+from mesh.metrics import InstanceMetrics, RouterMetrics
 
 MS = ("0.5", "1.0", "2.0", "5.0", "10.0", "20.0", "50.0", "75.0", "100.0", "200.0", "500.0",
       "1000.0", "2000.0", "5000.0", "10000.0", "20000.0", "60000.0", "120000.0", "300000.0",

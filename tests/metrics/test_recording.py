@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh.metric_series import MS_BUCKETS
 from mesh.metrics import (
     MAX_FAST_KEYS,
     MAX_LABEL_SETS,
-    MS_BUCKETS,
     OTHER,
     Histogram,
     InstanceMetrics,
