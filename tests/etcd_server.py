@@ -22,7 +22,7 @@ from typing import Self
 
 from mesh.store.etcd_binary import EtcdBinary, find_etcd
 
-READY_TIMEOUT_S = 20.0
+READY_TIMEOUT_S = 60.0
 
 
 def free_port() -> int:
@@ -152,7 +152,7 @@ class EtcdServer:
             if signal_number is not signal.SIGKILL:
                 process.send_signal(signal.SIGCONT)
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

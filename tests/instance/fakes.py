@@ -23,7 +23,7 @@ from mesh.store.memory import MemoryStore
 from puller.settings import PullerSettings
 
 MIB = 1 << 20
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 async def until(condition: Callable[[], object], what: str = "") -> None:

@@ -33,7 +33,7 @@ from puller.settings import PullerSettings
 from tests.etcd_server import EtcdServer
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def write_model(folder: Path, factor: float) -> None:
@@ -124,7 +124,7 @@ async def test_what_cannot_be_loaded_says_why(tmp_path: Path, path: str, words: 
 
 def get(address: str, path: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(f"http://{address}{path}", timeout=5) as response:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=60) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

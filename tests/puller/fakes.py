@@ -15,7 +15,7 @@ from puller.location import S3Location
 from puller.manifest import Manifest, RemoteObject, folder_manifest, single_manifest
 from puller.source import ObjectChangedError, TransientSourceError
 
-WAIT_S = 20.0  # of a test that would otherwise hang; nothing is measured with it
+WAIT_S = 60.0  # of a test that would otherwise hang; nothing is measured with it
 
 
 def content(size_bytes: int, seed: int = 0) -> bytes:

@@ -35,7 +35,7 @@ def signing_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 pytest.fail("rclone did not start")
         finally:
             server.kill()
-            server.wait(timeout=10)
+            server.wait(timeout=60)
 
 
 def secret_dir(directory: Path, endpoint: str, **changes: str) -> Path:

@@ -10,7 +10,7 @@ import pytest
 from mesh.election import Election
 from mesh.store.memory import MemoryServer, MemoryStore
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Candidates:

@@ -32,7 +32,7 @@ from mesh.store.api import Delete, Put
 from mesh.store.memory import MemoryStore
 from mesh.view_sync import ViewSync
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Running:

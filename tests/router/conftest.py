@@ -262,7 +262,7 @@ class World:
     async def until(self, holds: Callable[[], object]) -> None:
         """Let the loop turn, and the connections be watched, until ``holds``; a test that waits in
         vain fails."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not holds():
                 self.watch()
                 await asyncio.sleep(0)

@@ -117,7 +117,7 @@ class MeshRig:
         *,
         router: int = 0,
         metadata: Any = (),
-        timeout: float = 10,
+        timeout: float = 60,
     ) -> Any:
         method = self.channels[router].unary_unary(path)
         reply = await method(request.SerializeToString(), metadata=metadata, timeout=timeout)

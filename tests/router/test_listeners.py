@@ -13,7 +13,7 @@ from aiohttp import web
 from router.listeners import HttpListener
 from tests.instance.fakes import until
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class Site:

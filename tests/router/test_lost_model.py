@@ -52,7 +52,7 @@ async def test_a_stream_whose_model_is_lost_at_its_start_goes_on_elsewhere(tmp_p
         await rig.infer("m", 1.0)
         rig.pods[0].runtime.infer_faults["m"] = [ModelLost("gone")]
         stream = rig.channels[0].stream_stream(OIP + "ModelStreamInfer")
-        call = stream(iter([infer_request("m", 4.0).SerializeToString()]), timeout=10)
+        call = stream(iter([infer_request("m", 4.0).SerializeToString()]), timeout=60)
         answers = [oip.ModelStreamInferResponse.FromString(raw) async for raw in call]
         assert [a.error_message for a in answers] == [""]
         raw = answers[0].infer_response.raw_output_contents[0]

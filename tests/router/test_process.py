@@ -18,7 +18,7 @@ from tests.etcd_server import EtcdServer, free_port
 
 pytestmark = pytest.mark.etcd
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 PROGRAM = """
 import logging, sys
@@ -47,7 +47,7 @@ class RouterProcess:
         """The document of /readyz, None while nothing listens."""
         url = f"http://127.0.0.1:{self.metrics_port}/readyz"
         try:
-            with urllib.request.urlopen(url, timeout=5) as reply:
+            with urllib.request.urlopen(url, timeout=60) as reply:
                 return dict(json.load(reply))
         except urllib.error.HTTPError as error:
             return dict(json.load(error))

@@ -82,7 +82,7 @@ def credentials(authority: Path, pair: Pair | None) -> grpc.ChannelCredentials:
 async def ask(port: int, authority: Path, pair: Pair | None = None) -> bytes:
     address = f"127.0.0.1:{port}"
     async with grpc.aio.secure_channel(address, credentials(authority, pair)) as channel:
-        return await channel.unary_unary(OIP + "ServerLive")(b"", timeout=5)
+        return await channel.unary_unary(OIP + "ServerLive")(b"", timeout=60)
 
 
 async def get(port: int, authority: Path, pair: Pair | None = None) -> int:

@@ -30,7 +30,7 @@ def post(server: EtcdServer, path: str, **body: object) -> dict[str, object]:
         f"http://{server.endpoint}/v3/{path}", json.dumps(body).encode()
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=10) as reply:
+    with opener.open(request, timeout=60) as reply:
         answer: dict[str, object] = json.loads(reply.read())
     return answer
 

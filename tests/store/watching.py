@@ -9,7 +9,7 @@ from typing import Self
 
 from mesh.store.api import Changes, Delete, KVStore, Put, Snapshot
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Watching:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @dataclass(slots=True)

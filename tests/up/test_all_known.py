@@ -40,7 +40,7 @@ async def test_it_waits_until_every_router_knows_all_instances() -> None:
     quick = Router(knows(3))
     addresses = [await slow.start(), await quick.start()]
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await all_known(addresses, 2)
     finally:
         await slow.close()

@@ -74,7 +74,7 @@ def test_every_metrics_address_of_the_list_answers(live: LiveMesh) -> None:
     addresses = [address for entry in targets for address in entry["targets"]]
     assert len(addresses) == 3
     for address in addresses:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as reply:
             assert reply.status == 200 and b"# HELP" in reply.read()
 
 

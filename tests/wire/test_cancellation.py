@@ -273,24 +273,25 @@ async def test_a_deadline_while_it_runs(world: World) -> None:
     def late(call: ServerCall, message: bytes) -> None:
         call.deadline_s = float("inf")  # an instance that does not look at the clock
 
+    await world.channel().unary(INFER, request("m"))  # what connects it has no part in this
     instance.answers.append(late)
     with pytest.raises(RpcError, match="worked on model") as caught:
-        await world.channel().unary(INFER, request("m"), metadata=[("grpc-timeout", "150m")])
+        await world.channel().unary(INFER, request("m"), metadata=[("grpc-timeout", "500m")])
     assert caught.value.code is Code.DEADLINE_EXCEEDED
     await until(lambda: instance.cancelled)
-    assert world.dispatch.codes == [Code.DEADLINE_EXCEEDED]
+    assert world.dispatch.codes == [Code.OK, Code.DEADLINE_EXCEEDED]
 
 
 async def test_what_is_left_of_the_deadline_is_passed_on(world: World) -> None:
     world.dispatch.waiting = True
-    task = asyncio.create_task(world.channel().unary(INFER, request(), timeout_s=5.0))
+    task = asyncio.create_task(world.channel().unary(INFER, request(), timeout_s=60.0))
     await until(lambda: world.dispatch.routed)
     (call,) = world.dispatch.routed
-    call.deadline_s -= 3.0  # it has waited that long
+    call.deadline_s -= 30.0  # it has waited that long
     world.dispatch.forward(call, world.upstreams[0])
     await task
     left_s = world.instances[0].received[0].head.timeout_s
-    assert left_s is not None and 0 < left_s <= 2.0
+    assert left_s is not None and 0 < left_s <= 30.0
 
 
 async def test_a_cancel_after_the_answer_changes_nothing(world: World) -> None:

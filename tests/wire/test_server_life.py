@@ -353,7 +353,7 @@ async def test_tls_with_our_client(echo: Echo, certificates: Path, mutual: bool)
     channel = Channel(f"127.0.0.1:{port}", ssl_context=context)
     for size in (0, 400, 16_384, 70_000, 1 << 20, 5 << 20):
         message = (bytes(range(256)) * (size // 256 + 1))[:size]
-        assert (await channel.unary(ECHO, message, timeout_s=20)).message == message
+        assert (await channel.unary(ECHO, message, timeout_s=60)).message == message
     await channel.close()
 
 
@@ -365,7 +365,7 @@ async def test_tls_with_grpcio(echo: Echo, certificates: Path, mutual: bool) -> 
     address = f"localhost:{port}"
     async with grpc.aio.secure_channel(address, credentials, options=OPTIONS) as channel:
         for size in (0, 400, 70_000, 3 << 20):
-            assert await channel.unary_unary(ECHO)(bytes(size), timeout=20) == bytes(size)
+            assert await channel.unary_unary(ECHO)(bytes(size), timeout=60) == bytes(size)
 
 
 async def test_a_client_without_certificate_is_refused(echo: Echo, certificates: Path) -> None:
