@@ -41,9 +41,16 @@ class Demand:
     exclude: Collection[str]
 
 
+def known_size_bytes(model: ModelRecord) -> int:
+    """What its next load is going to reserve: stated by the user, else measured by the last one; 0
+    when nothing is known."""
+    return model.size_bytes_stated or model.size_bytes_measured or 0
+
+
 def predict_size_bytes(model: ModelRecord, policy: Policy) -> int:
-    """Measured by the last load, else stated by the user, else the default."""
-    return model.size_bytes_measured or model.size_bytes_stated or policy.default_model_size_bytes
+    """The same, or the default. Instances reserve by it: a smaller guess would send them loads for
+    which they have no room."""
+    return known_size_bytes(model) or policy.default_model_size_bytes
 
 
 def demand_of(

@@ -68,8 +68,8 @@ class ModelRecord:
     model_type: str
     path: str = ""
     key: str = ""
-    size_bytes_stated: int | None = None  # by the user; trusted as a prediction, then measured
-    size_bytes_measured: int | None = None  # by the last load
+    size_bytes_stated: int | None = None  # by the user: reserved for each load, then measured
+    size_bytes_measured: int | None = None  # by the last load: the prediction when none is stated
     min_copies: int = 0  # soft minimum; 0 and 1 pin nothing
     pinned: bool = False  # one copy is kept hard
     max_concurrency: int | None = None  # requests at once on one copy

@@ -37,6 +37,7 @@ from mesh.core.cache_events import (
     UnloadWanted,
 )
 from mesh.core.cache_table import CacheConfig, Copy
+from mesh.core.demand import known_size_bytes
 from mesh.core.errors import RETRYABLE, Code, MeshError, NotFound
 from mesh.core.policy import Policy
 from mesh.core.types import CopyRecord, CopyState, ModelRecord
@@ -281,7 +282,7 @@ class Pod:
         assert record is not None
         return LoadWanted(
             model_id=wish.model_id,
-            size_bytes=record.size_bytes_stated or record.size_bytes_measured or 0,
+            size_bytes=known_size_bytes(record),
             timeout_ms=record.load_timeout_ms or self.policy.load_timeout_ms,
             last_used_at_ms=wish.last_used_at_ms,
             priority=wish.priority,

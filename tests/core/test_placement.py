@@ -37,11 +37,11 @@ def test_a_failure_code_that_this_version_does_not_know_is_final() -> None:
     assert found.code is Code.FAILED_PRECONDITION
 
 
-def test_the_size_is_measured_else_stated_else_the_default() -> None:
+def test_the_size_is_what_an_instance_reserves_stated_else_measured_else_the_default() -> None:
     policy = Policy(default_model_size_bytes=7)
-    measured = model(size_bytes_measured=3, size_bytes_stated=5)
-    assert predict_size_bytes(measured, policy) == 3
-    assert predict_size_bytes(replace(measured, size_bytes_measured=None), policy) == 5
+    both = model(size_bytes_measured=3, size_bytes_stated=5)
+    assert predict_size_bytes(both, policy) == 5
+    assert predict_size_bytes(replace(both, size_bytes_stated=None), policy) == 3
     assert predict_size_bytes(model(), policy) == 7
 
 
