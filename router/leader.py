@@ -68,7 +68,14 @@ class LeaderLoop:
         self._policy = policy
         self._is_leader = is_leader
         self._now_ms = now_ms
-        self._orders = Orders(view, loads, policy=policy, now_ms=now_ms, decisions=decisions)
+        self._orders = Orders(
+            view,
+            loads,
+            policy=policy,
+            now_ms=now_ms,
+            again=lambda model_id: self.wake(frozenset({model_id})),
+            decisions=decisions,
+        )
         self._woken = asyncio.Event()
         self._led = False
         self._swept_at_s = -1e9

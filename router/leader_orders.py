@@ -4,7 +4,8 @@ Begins its loads through ``router.loads`` and notes each decision. Remembers, bo
 was asked for what: an instance that does not take a model is passed over for a sweep, and for up to
 ``Policy.transient_failure_expiry_ms`` when that goes on; a model that was not loaded ahead of
 requests for some sweeps. What became of a load is read from the view alone, so that nothing is
-lost when an answer is.
+lost when an answer is; but that somebody's claim was first is no refusal, and only an answer says
+so: then the model is looked at again at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
+from mesh.core.loads import Answer, ClaimedElsewhere
 from mesh.core.minimums import LoadOrder, Shortfall
 from mesh.core.policy import Policy
 from mesh.core.types import CopyState, LoadPriority
@@ -28,7 +30,8 @@ _KINDS: Final = {"pinned": "pin", "min_copies": "minimum", "recently_used": "pro
 
 
 class Orders:
-    """See the module's docstring. ``now_ms`` is the wall clock's reading."""
+    """See the module's docstring. ``now_ms`` is the wall clock's reading; ``again`` is called with
+    a model to be looked at again."""
 
     def __init__(
         self,
@@ -37,12 +40,14 @@ class Orders:
         *,
         policy: Policy,
         now_ms: Callable[[], int],
+        again: Callable[[str], None],
         decisions: DecisionLog | None,
     ) -> None:
         self._view = view
         self._loads = loads
         self._policy = policy
         self._now_ms = now_ms
+        self._again = again
         self._decisions = decisions
         # model id -> instance id -> (when it was asked last, how often in a row)
         self._asked: dict[str, dict[str, tuple[int, int]]] = {}
@@ -77,9 +82,24 @@ class Orders:
             runner_up=placement.runner_up or "",
             detail=placement.detail,
         )
+        revision = self._view.revision
         self._loads.ask_soon(
-            model_id, placement, priority=order.priority, reason=order.reason, pin=order.pin
+            model_id,
+            placement,
+            priority=order.priority,
+            reason=order.reason,
+            pin=order.pin,
+            ended=lambda answer: self._ended(model_id, answer, revision),
         )
+
+    def _ended(self, model_id: str, answer: Answer, revision: int) -> None:
+        """Something changed under the model's copies after ``revision``, at which it was asked. The
+        view either knows that by now, or hears of it and wakes the leader then."""
+        if not isinstance(answer, ClaimedElsewhere) or model_id not in self._asked:
+            return
+        self._asked[model_id].pop(answer.instance_id, None)
+        if self._view.revision > revision:
+            self._again(model_id)
 
     def tried(self) -> Mapping[str, Collection[str]]:
         """Model id -> instances that were asked for it lately: for one sweep when they were asked

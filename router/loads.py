@@ -79,6 +79,12 @@ def _score_unknown(model_id: str) -> float:
     return 0.0
 
 
+async def _told(
+    asking: Coroutine[Any, Any, core.Answer], ended: Callable[[core.Answer], None]
+) -> None:
+    ended(await asking)
+
+
 class Loads:
     """Not for more than one event loop. ``now_ms`` is the wall clock's reading; ``avoid`` names
     the instances that seem not to answer now; ``use_score`` is ``mesh.core.usage``'s."""
@@ -270,11 +276,13 @@ class Loads:
         priority: LoadPriority,
         reason: str = "",
         pin: bool = False,
+        ended: Callable[[core.Answer], None] | None = None,
     ) -> None:
         """``ask`` in the background, counted as pending from now on; the view tells the rest.
 
         For loads that nobody waits for: of a minimum of copies, or ahead of the first request.
         ``reason`` is why there is to be a copy; the placement's is why it is to be there.
+        ``ended`` hears the answer.
         """
         self._note_placement(model_id, placement.instance_id, placement.reason, placement)
         self._view.add_pending(
@@ -283,17 +291,16 @@ class Loads:
             size_bytes=placement.size_bytes,
             now_ms=self._now_ms(),
         )
-        self._in_background(
-            self.ask(
-                model_id,
-                placement.instance_id,
-                size_bytes=placement.size_bytes,
-                last_used_at_ms=self._view.last_used_at_ms(model_id),
-                priority=priority,
-                pin=pin,
-                reason=reason or placement.reason,
-            )
+        asking = self.ask(
+            model_id,
+            placement.instance_id,
+            size_bytes=placement.size_bytes,
+            last_used_at_ms=self._view.last_used_at_ms(model_id),
+            priority=priority,
+            pin=pin,
+            reason=reason or placement.reason,
         )
+        self._in_background(asking if ended is None else _told(asking, ended))
 
     def _in_background(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.get_running_loop().create_task(work)

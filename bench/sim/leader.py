@@ -35,6 +35,7 @@ class SimLeader:
             router.waiting,  # type: ignore[arg-type]  # it has ``ask_soon``, all that is used
             policy=self._policy,
             now_ms=lambda: self._world.engine.now_ms,
+            again=lambda model_id: self.wake({model_id}),
             decisions=None,
         )
         now = self._world.engine.time

@@ -271,6 +271,7 @@ class Waiting:
         priority: LoadPriority,
         reason: str = "",
         pin: bool = False,
+        ended: Callable[[core.Answer], None] = lambda _: None,
     ) -> None:
         """Nobody waits; the view tells the rest."""
         self._world.stats.placements[placement.reason] += 1
@@ -281,7 +282,7 @@ class Waiting:
             placement.instance_id,
             size_bytes=placement.size_bytes,
             miss=self._router.number + self._next_miss * 16,
-            done=lambda _: None,
+            done=ended,
             priority=priority,
             pin=pin,
         )

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mesh import registry
 from mesh.core.types import CopyRecord, CopyState, FailureRecord
@@ -80,6 +81,29 @@ async def test_a_new_instance_is_used_at_once(tmp_path: Path) -> None:
         pod = await rig.add_pod()
         await until(lambda: pod in rig.holders("m"))
         await until(lambda: lead.swept_with == {p.instance.instance_id for p in rig.pods})
+
+
+async def test_a_copy_that_changes_while_the_next_one_is_claimed_delays_nothing(
+    tmp_path: Path,
+) -> None:
+    """The claim is told that another one was first: that is no refusal of the instance."""
+    async with mesh(tmp_path, pods=2, policy=SWEEPS_ONCE) as rig:
+        await until(lambda: len(leader(rig).leader.swept_with) == 2)
+        await rig.register("m")
+        await rig.infer("m", 1.0)
+        (first,) = rig.holders("m")
+        (other,) = (pod for pod in rig.pods if pod is not first)
+        claim = other.pod.claims.claim
+
+        async def changed_before(wish: Any, policy: Any) -> Any:
+            other.pod.claims.claim = claim
+            record = replace(first.copy("m"), size_bytes=2 * MIB)
+            rig.server.apply([Put(registry.key_of(record), registry.encode(record))])
+            return await claim(wish, policy)
+
+        other.pod.claims.claim = changed_before
+        await rig.register("m", min_copies=2)
+        await until(lambda: len(rig.holders("m")) == 2)
 
 
 async def test_what_a_draining_instance_had_pinned_is_pinned_elsewhere_at_once(
