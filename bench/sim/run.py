@@ -71,6 +71,7 @@ class Options:
     minutes: float = 20.0
     requests_per_s: float = 20.0
     memory_share: float = 0.1  # of all models that fits into all instances
+    exponent: float = 0.9  # of Zipf's law, in the workload of that name
     mixed: bool = False
     policy: tuple[str, ...] = ()  # name=value
     placements: tuple[str, ...] = ()
@@ -81,6 +82,7 @@ class Options:
         told.append(f"--instances {self.instances} --models {self.models}")
         told.append(f"--minutes {self.minutes:g} --rate {self.requests_per_s:g}")
         told.append(f"--memory-share {self.memory_share:g} --placement {placement}")
+        told.append(f"--exponent {self.exponent:g}")
         told += ["--mixed"] if self.mixed else []
         told += [f"--policy {one}" for one in self.policy]
         told += [f"--fault '{fault}'"] if fault else []
@@ -93,6 +95,8 @@ class Options:
             per_s=self.requests_per_s,
             mixed=self.mixed,
         )
+        if name == "zipf":
+            return workloads.zipf(shape, self.exponent)
         return WORKLOADS[name](shape)
 
 
@@ -103,6 +107,7 @@ BIG: Final = Options(
     minutes=60.0,
     requests_per_s=280.0,
     memory_share=0.3,
+    exponent=1.0,
     placements=("production",),
 )
 
@@ -220,6 +225,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rate", type=float, default=usual.requests_per_s, help="requests a second")
     made.add_argument("--memory-share", type=float, default=usual.memory_share,
                       help="of all models that fits into all instances")  # fmt: skip
+    made.add_argument("--exponent", type=float, default=usual.exponent, help="of zipf")
     made.add_argument("--mixed", action="store_true", help="sizes and load times differ")
     made.add_argument("--policy", action="append", default=[], metavar="NAME=VALUE")
     made.add_argument("--placement", action="append", default=[], choices=tuple(PLACEMENTS),
@@ -241,6 +247,7 @@ def main(arguments: Sequence[str]) -> int:
         minutes=given.minutes,
         requests_per_s=given.rate,
         memory_share=given.memory_share,
+        exponent=given.exponent,
         mixed=given.mixed,
         policy=tuple(given.policy),
         placements=tuple(given.placement),
