@@ -397,11 +397,6 @@ def encode_last_used(
     return orjson.dumps(document)
 
 
-def decode_last_used(instance_id: str, value: bytes) -> dict[str, int]:
-    """The last uses alone."""
-    return decode_uses(instance_id, value).last_used_at_ms
-
-
 def decode_uses(instance_id: str, value: bytes) -> Uses:
     where = LAST_USED_PREFIX + instance_id
     uses = Uses({}, {})

@@ -7,8 +7,7 @@ lost races it fails with UNAVAILABLE; while the store is away every change fails
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Callable
 
 from mesh import registry
 from mesh.core.errors import FailedPrecondition
@@ -17,8 +16,6 @@ from mesh.store.api import Condition, Delete, KeyAbsent, KVStore, ModRevisionIs,
 from router.catalog import MAX_TRIES, contended
 
 Config = dict[str, object]
-
-NOTHING: Final[Mapping[str, object]] = {}
 
 
 class LiveSettings:

@@ -34,6 +34,8 @@ Tried = Mapping[str, Collection[str]]
 NOT_TRIED: Final[Tried] = MappingProxyType({})
 # Models that are looked at between two yields: a few milliseconds at worst.
 _SLICE: Final = 1_000
+# See ``_turn``; then the minimum and the size of a copy.
+_Wish = tuple[int, str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,23 +198,27 @@ def grant_minimums(view: ClusterView, policy: Policy) -> Minimums:
 
 
 def _grants_in_slices(view: ClusterView, policy: Policy) -> Generator[None, None, Minimums]:
-    wishes: list[tuple[int, str, int, int]] = []
+    runs: list[list[_Wish]] = []  # sorted each: to sort all of them at once would take a second
+    wishes: list[_Wish] = []
+    wished_bytes = 0
     for count, model_id in enumerate(tuple(view.models_with_minimum()), 1):
-        if count % _SLICE == 0:
-            yield
         model = view.models.get(model_id)
         if model is not None and model.min_copies > 1:
             size_bytes = predict_size_bytes(model, policy)
+            wished_bytes += model.min_copies * size_bytes
             wishes.append((*_turn(view, model), model.min_copies, size_bytes))
+        if count % _SLICE == 0:
+            runs.append(sorted(wishes))
+            wishes = []
+            yield
+    runs.append(sorted(wishes))
     capacity = sum(s.record.capacity_bytes for s in view.instances.values() if s.ready)
     share_bytes = int(capacity * policy.min_copies_capacity_share)
-    wished_bytes = sum(min_copies * size_bytes for _, _, min_copies, size_bytes in wishes)
     if wished_bytes <= share_bytes or not capacity:  # then it is not the share that is short
         return Minimums(share_bytes, wished_bytes)
     cut: dict[str, int] = {}
     left_bytes = share_bytes
-    wishes.sort()
-    for count, (_, model_id, min_copies, size_bytes) in enumerate(wishes, 1):
+    for count, (_, model_id, min_copies, size_bytes) in enumerate(heapq.merge(*runs), 1):
         if count % _SLICE == 0:
             yield
         granted = min(min_copies, left_bytes // size_bytes) if size_bytes else min_copies

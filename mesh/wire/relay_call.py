@@ -64,7 +64,6 @@ class RelayCall(Stream):
         "_routed",
         "_up",
         "attempts",
-        "by_header",
         "context",
         "head",
         "model_name",
@@ -78,7 +77,6 @@ class RelayCall(Stream):
         self.head = head
         self.context: Any = None
         self.model_name = ""
-        self.by_header = False
         self.peeked_whole = True
         self.attempts = 0
         self.request_bytes = 0
@@ -106,7 +104,6 @@ class RelayCall(Stream):
         if name is None and head.path in relay.peek:
             self._peeking = True
             return
-        self.by_header = True
         if name is None:
             self._end_unrouted(InvalidArgument("must include mm-model-id header"))
         elif head.model_id is not None and head.vmodel_id is not None:

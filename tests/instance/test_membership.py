@@ -199,7 +199,7 @@ async def test_last_uses_go_to_the_store_in_one_blob(tmp_path: Path) -> None:
         await rig.load("m", last_used_at_ms=5)
         key = registry.last_used_key(rig.instance.instance_id)
         await until(lambda: rig.server.get(key))
-        uses = registry.decode_last_used("i", rig.server.get(key).value)
+        uses = registry.decode_uses("i", rig.server.get(key).value).last_used_at_ms
         assert uses["m"] == rig.pod.servables["m"].use.last_used_at_ms
 
 
