@@ -7,10 +7,14 @@ Who may leave memory, and who first, is decided in cache_room.py and by the evic
 
 Rules:
 
-* Bytes are reserved before a load starts and counted until ``UnloadFinished``: ``used_bytes``
-  never passes the capacity. Only a measured size above its prediction can (it is a fact by then);
-  such a copy stays SIZING, its surplus is ``overrun_bytes``, until enough others are gone, or it
-  goes itself.
+* Bytes are reserved before a load starts and counted until ``UnloadFinished``: ``used_bytes`` is
+  never below what the runtimes were given, and what it grants never passes the capacity. Only a
+  measured size above its prediction can make ``used_bytes``, and so what is advertised, larger: it
+  is a fact by then. That surplus, ``overrun_bytes``, is of loads that ran at once, no more than
+  there are slots but for abandoned ones, and nothing new is granted until it is gone. The copy
+  stays SIZING, serving nobody, until enough others have gone, and goes itself when they cannot or
+  after ``memory_wait_ms``: it passes the capacity so long, and a Tick and an unload, at most
+  (without ``memory_wait_ms``: its time-out). LOADED copies alone never do.
 * A copy in UNLOADING takes no new requests; its unload starts when those inside have ended.
 * By priority, for slots and for memory: AWAITED first, COPY behind, PROACTIVE last. Where there are
   several slots one is for awaited loads alone. Awaited loads evict; COPY evicts only what is worth
@@ -18,11 +22,13 @@ Rules:
   the unload buffer.
 * The unload buffer is a share of the capacity that admissions keep free by evicting ahead, so that
   most loads need not wait for an unload.
-* Memory goes to waiting loads in the order in which they came: a large one is not starved. An
+* Memory goes to waiting loads in the order in which they came: a large one is not starved; one
+  that pinned copies leave no room for any more is rejected, so that nobody waits behind it. An
   awaited load whose memory is all in use waits for it, at most ``memory_wait_ms``: requests end,
   and one that is rejected at once comes back and back. So when more models are asked for than fit,
   each copy serves those who waited for it, then makes room for the next. When no copy rests for a
-  quarter of that time, the first in order takes no more requests, ends those inside, and goes.
+  quarter of that time, the first in order takes no more requests, ends those inside, and goes;
+  so too for an awaited copy that is SIZING.
 * A copy unused for its idle time-out goes at the next ``Tick``, unless it is pinned or kept.
 
 Not for use from several threads; fetches no time and no chance.
@@ -54,6 +60,7 @@ from mesh.core.cache_events import (
     Tick,
     UnloadWanted,
 )
+from mesh.core.cache_line import Line
 from mesh.core.cache_room import Room
 from mesh.core.cache_table import (
     FAILED,
@@ -91,6 +98,7 @@ class Cache:
         self._copies: dict[str, Copy] = {}
         self._active: dict[str, Copy] = {}  # all but LOADED: what _settle has to look at
         self._room = Room(config, self._copies)
+        self._line = Line(self._active)
         self._sequence = 0
         self._now_ms = 0  # of the event being handled
         self._out: list[Instruction] = []
@@ -129,7 +137,7 @@ class Cache:
     @property
     def loading_count(self) -> int:
         """Loads queued or under way."""
-        return sum(copy.state is not UNLOADING for copy in self._active.values())
+        return self._line.loading_count()
 
     def oldest_use_at_ms(self) -> int:
         return self._room.oldest_use_at_ms()
@@ -158,8 +166,10 @@ class Cache:
     def _tick(self, now_ms: int) -> None:
         wait_ms = self.config.memory_wait_ms
         for copy in list(self._active.values()):
-            late = copy.deadline_at_ms <= now_ms or copy.starved(now_ms, wait_ms)
-            if late and copy.state is not UNLOADING:
+            starved = copy.starved(now_ms, wait_ms)
+            if copy.state is SIZING and starved:
+                self._step(copy, T.NO_MEMORY, None, now_ms)
+            elif copy.state is not UNLOADING and (starved or copy.deadline_at_ms <= now_ms):
                 self._step(copy, T.TIMED_OUT, None, now_ms)
         for copy in self._room.rested(now_ms):
             self._step(copy, T.RESTED, None, now_ms)
@@ -240,9 +250,7 @@ class Cache:
         limit = self.config.capacity_bytes
         if copy.proactive:
             limit -= self.config.unload_buffer_bytes
-        mine = copy.queue_order()
-        ahead = any(other.queue_order() < mine for other in self._waiting())
-        if not ahead and self.used_bytes + need <= limit:
+        if self._line.is_first(copy) and self.used_bytes + need <= limit:
             self._account(copy, need)
             self._enter_loading(copy, reason)
         elif copy.proactive:
@@ -284,6 +292,7 @@ class Cache:
         self._account(copy, event.size_bytes)
         if copy.state is LOADING:
             copy.state = SIZING
+            copy.waiting_at_ms = now_ms
         elif copy.load_running:
             copy.load_running = False
             self._start_unload(copy, now_ms)
@@ -309,7 +318,8 @@ class Cache:
 
     def _no_memory(self, copy: Copy, event: CopyEvent | None, now_ms: int) -> None:
         if copy.state is WAITING:
-            self._reject(copy, Reason.WORTH_LESS)
+            never = copy.need_bytes > self._room.unpinned_bytes()
+            self._reject(copy, Reason.NO_ROOM if never else Reason.WORTH_LESS)
             return
         final = copy.size_bytes > self.config.capacity_bytes
         error = (
@@ -420,22 +430,24 @@ class Cache:
             self.awaiting_idle = False
             return
         self._settle_measured(now_ms)
-        for copy in self._waiting():
-            if self.used_bytes + copy.need_bytes > self.config.capacity_bytes:
-                break
-            self._step(copy, T.MEMORY_GRANTED, None, now_ms)
-        self._grant_slots(now_ms)
-        while self._make_room(now_ms):
+        while True:
+            self._grant_memory(now_ms)
             self._grant_slots(now_ms)
+            if not self._make_room(now_ms):
+                return
 
-    def _waiting(self) -> list[Copy]:
-        waiting = [copy for copy in self._active.values() if copy.state is WAITING]
-        waiting.sort(key=Copy.queue_order)
-        return waiting
+    def _grant_memory(self, now_ms: int) -> None:
+        most = self._room.unpinned_bytes()
+        for copy in self._line.waiting():
+            if copy.need_bytes > most:  # a copy was pinned since: those behind need not wait, too
+                self._step(copy, T.NO_MEMORY, None, now_ms)
+            elif self.used_bytes + copy.need_bytes > self.config.capacity_bytes:
+                return
+            else:
+                self._step(copy, T.MEMORY_GRANTED, None, now_ms)
 
     def _settle_measured(self, now_ms: int) -> None:
-        sizing = [copy for copy in self._active.values() if copy.state is SIZING]
-        sizing.sort(key=lambda copy: copy.sequence)
+        sizing = self._line.sizing()
         for copy in sizing:
             if not copy.overrun_bytes or self.used_bytes <= self.config.capacity_bytes:
                 self._step(copy, T.MEMORY_GRANTED, None, now_ms)
@@ -448,12 +460,10 @@ class Cache:
             self._step(left.pop(), T.NO_MEMORY, None, now_ms)
 
     def _grant_slots(self, now_ms: int) -> None:
-        queued = [copy for copy in self._active.values() if copy.state is QUEUED]
+        queued = self._line.queued()
         if not queued:
             return
-        slots = self.config.load_slots
-        busy = sum(copy.state in HOLDS_SLOT for copy in self._active.values())
-        queued.sort(key=Copy.queue_order)
+        slots, busy = self.config.load_slots, self._line.slots_held()
         for copy in queued:
             if busy >= (slots if copy.awaited else max(1, slots - 1)):
                 return
@@ -462,33 +472,26 @@ class Cache:
 
     def _make_room(self, now_ms: int) -> bool:
         """Evict for what waits, and ahead for the unload buffer while awaited loads go on. Whether
-        a slot has become free, of a load that is worth less than what would have to go."""
-        waiting = self._waiting()
-        claims = [(copy, copy.need_bytes) for copy in waiting if not copy.awaited]
-        wanted = self.used_bytes - self.config.capacity_bytes
-        idle_wanted = awaited = False
-        for copy in self._active.values():
-            if copy.state is UNLOADING:
-                wanted -= copy.size_bytes
-                idle_wanted = idle_wanted or copy.use.in_flight > 0
-            elif copy.state is SIZING and not copy.awaited:
-                wanted -= copy.overrun_bytes
-                claims.append((copy, copy.overrun_bytes))
-            awaited = awaited or (copy.awaited and copy.state in (WAITING, LOADING))
-        buffer = self.config.unload_buffer_bytes if awaited else 0
-        wanted += sum(copy.need_bytes for copy in waiting if copy.awaited)
-        short = self._evict(wanted + buffer, now_ms)
-        if short > buffer and any(self._room.out_of_patience(copy, now_ms) for copy in waiting):
+        a load was refused, as worth less than what would have to go: others come up then."""
+        demand = self._line.demand(self.used_bytes - self.config.capacity_bytes)
+        buffer = self.config.unload_buffer_bytes if demand.awaited else 0
+        idle_wanted = demand.unloads_wait
+        short = self._evict(demand.wanted_bytes + buffer, now_ms)
+        if short > buffer and self._out_of_patience(now_ms):
             short = self._evict(short, now_ms, busy_too=True)
             idle_wanted = True
         wanted, refused = short - buffer, False
-        for copy, bytes_ in claims:
+        for copy, bytes_ in demand.claims:
             wanted = self._evict(wanted + bytes_, now_ms, copy)
             if wanted > 0:
                 wanted, refused = wanted - bytes_, True
                 self._step(copy, T.NO_MEMORY, None, now_ms)
-        self.awaiting_idle = idle_wanted or (short > 0 and self._over_or_waiting())
+        self.awaiting_idle = idle_wanted or (short > 0 and self._line.wants_memory())
         return refused
+
+    def _out_of_patience(self, now_ms: int) -> bool:
+        wanting = (*self._line.waiting(), *self._line.sizing())
+        return any(self._room.out_of_patience(copy, now_ms) for copy in wanting)
 
     def _evict(
         self, wanted_bytes: int, now_ms: int, load: Copy | None = None, *, busy_too: bool = False
@@ -504,9 +507,6 @@ class Cache:
 
     def _obtainable_bytes(self) -> int:
         return self._room.obtainable_bytes(self._active.values())
-
-    def _over_or_waiting(self) -> bool:
-        return any(copy.state in (WAITING, SIZING) for copy in self._active.values())
 
 
 Action = Callable[[Cache, Copy, CopyEvent | None, int], None]

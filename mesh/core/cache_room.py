@@ -108,9 +108,12 @@ class Room:
 
     def obtainable_bytes(self, active: Iterable[Copy]) -> int:
         """What loads could get if all that may go did go: capacity less what stays for sure."""
-        pinned = sum(copy.size_bytes for copy in self._pinned.values() if copy.state is LOADED)
         stuck = sum(copy.size_bytes for copy in active if copy.load_running)
-        return self.config.capacity_bytes - pinned - stuck
+        return self.unpinned_bytes() - stuck
+
+    def unpinned_bytes(self) -> int:
+        pinned = sum(copy.size_bytes for copy in self._pinned.values() if copy.state is LOADED)
+        return self.config.capacity_bytes - pinned
 
     def rested(self, now_ms: int) -> list[Copy]:
         """Copies that nobody has used for their idle time-out, and that nothing keeps here."""

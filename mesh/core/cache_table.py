@@ -206,7 +206,7 @@ class Copy:
         self.use_score = event.use_score  # its past elsewhere
         self.sequence = sequence
         self.deadline_at_ms = now_ms + event.timeout_ms
-        self.waiting_at_ms = 0  # since when it waits for memory
+        self.waiting_at_ms = 0  # since when it waits for memory, or SIZING for what it has too much
         self.loading_at_ms = 0
         self.loaded_at_ms = 0
         self.load_ms = 0  # what its load took: what its next miss would cost
@@ -234,7 +234,7 @@ class Copy:
 
     def starved(self, now_ms: int, memory_wait_ms: int) -> bool:
         """It has waited for memory as long as it may."""
-        waits = self.state is WAITING and memory_wait_ms > 0
+        waits = self.state in (WAITING, SIZING) and memory_wait_ms > 0
         return waits and now_ms - self.waiting_at_ms >= memory_wait_ms
 
     def awaits_first_use(self, now_ms: int, grace_ms: int) -> bool:

@@ -233,6 +233,48 @@ def test_a_measured_size_that_nothing_can_make_room_for_unloads_the_model_itself
     assert driver.cache.used_bytes == 60
 
 
+def test_a_copy_larger_than_predicted_ends_its_overrun_though_no_other_copy_ever_rests() -> None:
+    driver = Driver(capacity=100, memory_wait_ms=400)
+    driver.load("a", 50)
+    driver.use("a", +1)
+    driver.load("b", 50, measured=60)
+    assert (driver.state("b"), driver.cache.used_bytes) == (S.SIZING, 110)
+    driver.send(Tick(), after_ms=98)
+    assert driver.state("a") is S.LOADED
+    driver.send(Tick(), after_ms=2)
+    assert (driver.state("a"), driver.state("b")) == (S.UNLOADING, S.SIZING)
+    driver.use("a", -1)
+    driver.finish_unloads(driver.send(BecameIdle("a")))
+    assert (driver.state("b"), driver.cache.used_bytes) == (S.LOADED, 60)
+
+
+def test_a_copy_larger_than_predicted_goes_itself_when_requests_elsewhere_do_not_end() -> None:
+    driver = Driver(capacity=100, memory_wait_ms=400)
+    driver.load("a", 50)
+    driver.use("a", +1)
+    driver.load("b", 50, measured=60)
+    out = driver.send(Tick(), after_ms=400)
+    assert [ended.reason for ended in of(LoadEnded, out)] == [Reason.MEASURED_TOO_LARGE]
+    assert of(LoadEnded, out)[0].error.code is Code.UNAVAILABLE
+    driver.finish_unloads(out)
+    assert driver.state("b") is None
+    assert driver.cache.used_bytes <= 100
+
+
+def test_a_load_that_waits_for_what_is_pinned_meanwhile_is_rejected_and_nobody_waits_for_it() -> (
+    None
+):
+    driver = Driver(capacity=100, slots=3)
+    driver.load("a", 50)
+    driver.use("a", +1)
+    driver.want("large", 60)
+    driver.want("small", 20)
+    assert (driver.state("large"), driver.state("small")) == (S.WAITING, S.WAITING)
+    out = driver.send(TermsChanged("a", pinned=True))
+    assert [(r.model_id, r.reason) for r in of(RejectLoad, out)] == [("large", Reason.NO_ROOM)]
+    assert driver.state("small") is S.LOADING
+
+
 def test_two_that_measure_too_large_do_not_wait_for_each_other() -> None:
     driver = Driver(capacity=100)
     driver.want("a", 40)

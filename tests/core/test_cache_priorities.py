@@ -145,6 +145,18 @@ def test_a_refused_copy_leaves_its_slot_to_who_waits() -> None:
     assert fetches(out) == ["ahead"]
 
 
+def test_a_refused_copy_leaves_the_memory_that_is_free_to_who_waits_behind_it() -> None:
+    driver = Driver(capacity=100, slots=2)
+    driver.load("recent", 60)
+    driver.want("running", 10)
+    driver.want("copy", 60, priority=COPY)
+    driver.want("behind", 20, priority=COPY)
+    driver.cache.use_config(replace(driver.cache.config, load_slots=4))
+    out = driver.send(Tick())
+    assert refusals(out) == [("copy", Reason.WORTH_LESS)]
+    assert fetches(out) == ["behind"]
+
+
 def test_a_copy_that_outgrows_its_prediction_evicts_what_is_worth_less() -> None:
     driver = Driver(capacity=100)
     driver.load("old", 60)
