@@ -39,6 +39,8 @@ def notable(
     capacity = last.capacity_bytes
     if abs(new.capacity_bytes - capacity) > CAPACITY_SHARE * capacity:
         return "capacity"
+    if (last.used_bytes > capacity) != (new.used_bytes > new.capacity_bytes):
+        return "used"  # a model larger than predicted came, or room has been made for it
     drift = abs(new.used_bytes - last.used_bytes)
     if drift > USED_SHARE * max(1, last.used_bytes) or drift > FREE_SHARE * capacity:
         return "used"

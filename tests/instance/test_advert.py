@@ -48,6 +48,12 @@ def test_a_change_is_told_when_somebody_could_be_misled(
     assert notable(LAST, replace(LAST, **change), since_ms, POLICY) == reason  # type: ignore[arg-type]
 
 
+def test_that_memory_is_within_its_bound_again_is_told_however_little_was_over() -> None:
+    over = replace(LAST, used_bytes=1_000_001)
+    assert notable(over, replace(over, used_bytes=999_999), SOON, POLICY) == "used"
+    assert notable(over, replace(over, used_bytes=1_000_002), SOON, POLICY) is None
+
+
 def test_loading_that_stays_above_zero_is_told_in_steps() -> None:
     busy = replace(LAST, loading_count=2)
     assert notable(busy, replace(busy, loading_count=3), SOON, POLICY) is None
