@@ -198,7 +198,7 @@ async def test_a_range_in_pages_is_one_revision_while_others_write(server: EtcdS
 
 async def test_a_lease_lives_on_over_a_restart(server: EtcdServer) -> None:
     async with client(server.endpoint) as store:
-        lease = await store.lease(2_000)
+        lease = await store.lease(5_000)
         await store.put("instances/i", b"", lease_id=lease.lease_id)
         await asyncio.to_thread(server.restart)
         await persist(lambda: store.put("models/m", b""))
@@ -242,7 +242,7 @@ async def test_a_paused_etcd_costs_calls_their_time_out_and_watches_nothing(
         client(server.endpoint, call_timeout_ms=300) as store,
         Watching(store) as watching,
     ):
-        await store.put("a", b"1")
+        await persist(lambda: store.put("a", b"1"))
         server.pause()
         with pytest.raises(StoreUnavailable, match="did not answer a put of 'b' in time"):
             await store.put("b", b"")
