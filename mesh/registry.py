@@ -40,6 +40,7 @@ COPIES_PREFIX: Final = "copies/"
 FAILURES_PREFIX: Final = "failures/"
 LAST_USED_PREFIX: Final = "lastused/"
 CONFIG_PREFIX: Final = "config/"
+ROUTERS_PREFIX: Final = "routers/"  # read and written by router.roster alone
 
 # A key of etcd may be long, but a name beyond this is a mistake, and it is in every message.
 MAX_NAME_CHARS: Final = 512

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mesh import admin_views as views
+from mesh.core.minimums import shortfall_of
 from mesh.core.placement import Candidate
 from mesh.core.policy import Policy
-from mesh.core.repair import shortfall_of
 from mesh.core.slots import InstanceSlot
 from mesh.core.status import model_status, name_status
 from mesh.core.types import CopyState, ModelRecord
@@ -166,7 +166,8 @@ def instance_row(slot: InstanceSlot, *, passed_over: bool) -> views.InstanceRow:
         address=record.address,
         state=record.state.value,
         capacity_bytes=record.capacity_bytes,
-        used_bytes=slot.effective_used_bytes,
+        # Not what placement reckons with, which counts loads that wait for memory, too.
+        used_bytes=record.used_bytes,
         model_count=len(slot.copies) - slot.loading,
         loading_count=slot.loads_in_progress,
         load_slots=record.load_slots,

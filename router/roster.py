@@ -19,12 +19,13 @@ import aiohttp
 import orjson
 
 from mesh.core.errors import MeshError, Unavailable
-from mesh.registry import escape
+from mesh.registry import ROUTERS_PREFIX, escape
 from mesh.store.api import Delete, KeyValue, KVStore, Lease, Put, Snapshot
 
 log = logging.getLogger(__name__)
 
-PREFIX: Final = "routers/"
+PREFIX: Final = ROUTERS_PREFIX
+# As long as an instance's: who is gone is not asked for longer than that.
 TTL_MS: Final = 10_000
 # The pause after the store refused or was away, before the next try to be written down.
 _AGAIN_S: Final = 2.0

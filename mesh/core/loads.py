@@ -22,8 +22,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
+from mesh.core.demand import predict_size_bytes
 from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError, NotFound, Unavailable
-from mesh.core.placement import RETRY_SOON_MS, NoPlacement, Placement, place, predict_size_bytes
+from mesh.core.placement import RETRY_SOON_MS, NoPlacement, Placement, place
 from mesh.core.policy import Policy
 from mesh.core.types import CopyState, FailureRecord
 from mesh.core.view import ClusterView

@@ -24,20 +24,13 @@ from mesh.core.minimums import (
     finish,
     missing_copies,
     missing_in_slices,
-    shortfall_of,
     surplus_pins,
 )
 from mesh.core.policy import Policy
 from mesh.core.view import ClusterView
 
-__all__ = [
-    "LoadOrder",
-    "RepairPlan",
-    "Shortfall",
-    "missing_copies",
-    "plan_repair",
-    "shortfall_of",
-]
+# ``missing_copies`` stands here for the simulator's leader.
+__all__ = ["RepairPlan", "missing_copies", "plan_repair"]
 
 
 @dataclass(frozen=True, slots=True)

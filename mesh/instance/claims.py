@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from mesh import registry
+from mesh.core.demand import predict_size_bytes
 from mesh.core.errors import MeshError, NotFound
-from mesh.core.placement import predict_size_bytes
 from mesh.core.policy import Policy
 from mesh.core.types import CopyRecord, CopyState, ModelRecord
 from mesh.instance.answers import LoadAnswer, LoadOutcome
