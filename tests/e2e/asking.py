@@ -24,7 +24,7 @@ from tests.up.live import LiveMesh
 OIP = "/inference.GRPCInferenceService/"
 MMESH = "/mmesh.ModelMesh/"
 ADMIN = "/mesh.admin.v1.Admin/"
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 Array = npt.NDArray[Any]
 Reply = TypeVar("Reply", bound=Message)

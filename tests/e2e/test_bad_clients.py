@@ -50,7 +50,7 @@ def check(askers: list[Asker]) -> None:
 
 def dial(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def read_to_end(connection: socket.socket) -> bytes:

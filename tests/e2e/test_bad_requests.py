@@ -151,20 +151,20 @@ def test_a_message_over_the_limit_is_resource_exhausted(ask: Asker) -> None:
 
 def test_what_is_no_protobuf_is_invalid(ask: Asker) -> None:
     infer = ask.channel.unary_unary(OIP + "ModelInfer")
-    error = failure_of(lambda: infer(b"\xff\xff\xff garbage", timeout=10))
+    error = failure_of(lambda: infer(b"\xff\xff\xff garbage", timeout=60))
     assert error.code() is Code.INVALID_ARGUMENT
     with_name = b"\x0a\x09iris-0001" + b"\x2a\xff\xff"
-    error = failure_of(lambda: infer(with_name, timeout=10))
+    error = failure_of(lambda: infer(with_name, timeout=60))
     assert error.code() is Code.INVALID_ARGUMENT
 
 
 def test_an_unknown_method_is_unimplemented(ask: Asker) -> None:
     method = ask.channel.unary_unary(OIP + "NoSuchMethod")
     to_iris = (("mm-model-id", "iris-0001"),)
-    refusal = failure_of(lambda: method(b"", timeout=10, metadata=to_iris))
+    refusal = failure_of(lambda: method(b"", timeout=60, metadata=to_iris))
     assert refusal.code() is Code.UNIMPLEMENTED and "NoSuchMethod" in refusal.details()
     # Any method may be some runtime's own: only the header tells which model it is for.
-    refusal = failure_of(lambda: method(b"", timeout=10))
+    refusal = failure_of(lambda: method(b"", timeout=60))
     assert refusal.code() is Code.INVALID_ARGUMENT and "mm-model-id" in refusal.details()
 
 

@@ -42,7 +42,7 @@ class Traffic:
                 except grpc.RpcError as error:
                     self.failures.append(error)
                     # grpcio fails every call at once until it has a connection again.
-                    grpc.channel_ready_future(ask.channel).result(timeout=30)
+                    grpc.channel_ready_future(ask.channel).result(timeout=60)
 
     def more(self, count: int) -> None:
         """Until so many further answers have come."""
@@ -130,4 +130,4 @@ def test_what_was_begun_is_answered_when_the_mesh_is_stopped(
         instances = instances_of(mesh)
         eventually(lambda: total(instances, "mesh_inflight_requests") >= 1, "it being inside")
         assert mesh.stop() == 0
-        assert running.result(timeout=1)
+        assert running.result(timeout=60)

@@ -143,6 +143,9 @@ def test_models_go_only_where_their_labels_are(rig: Rig) -> None:
     for name in ("by-format-1", "by-format-2"):
         rig.apply(name)
     rig.command("type-constraints", "set", "-f", "-", stdin="{onnx: {required: [gpu]}}")
+    eventually(
+        lambda: "labels_missing" in rig.command("explain", "by-format-1"), "the constraint's news"
+    )
     code, message = rig.ask.refused(flowers("by-format-1"))
     assert "gpu" in message, (code, message)
     flags = ("--label", "gpu,ssd", "--name", "labelled", "--file-root", str(rig.samples))

@@ -27,6 +27,6 @@ def test_every_port_that_is_taken_is_named(start_mesh: StartMesh, tmp_path: Path
     ):
         grpc_port, rest_port = one.getsockname()[1], other.getsockname()[1]
         mesh: LiveMesh = start_mesh("--grpc-port", str(grpc_port), "--rest-port", str(rest_port))
-        assert mesh.process.wait(30) == 1
+        assert mesh.process.wait(60) == 1
     for port, flag in ((grpc_port, "--grpc-port"), (rest_port, "--rest-port")):
         assert str(port) in mesh.err and flag in mesh.err

@@ -28,7 +28,7 @@ def test_health(ask: Asker) -> None:
         )
         assert reply.status == health.HealthCheckResponse.SERVING
     watch = ask.channel.unary_stream("/grpc.health.v1.Health/Watch")
-    states = watch(health.HealthCheckRequest().SerializeToString(), timeout=10)
+    states = watch(health.HealthCheckRequest().SerializeToString(), timeout=60)
     first = health.HealthCheckResponse.FromString(next(states))
     assert first.status == health.HealthCheckResponse.SERVING
     states.cancel()
@@ -48,7 +48,7 @@ def test_what_reflection_tells_is_enough_to_ask_a_model(ask: Asker, version: str
         reflection.ServerReflectionRequest(file_containing_symbol=service),
         reflection.ServerReflectionRequest(file_containing_symbol="no.such.Thing"),
     ]
-    names, files, unknown = list(info(iter(questions), timeout=10))
+    names, files, unknown = list(info(iter(questions), timeout=60))
     assert service in {s.name for s in names.list_services_response.service}
     assert unknown.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
     pool = descriptor_pool.DescriptorPool()
