@@ -78,7 +78,8 @@ class Policy:
 
     # ---- waiting for a place ------------------------------------------------------------------
     # A request for which there is no place right now (no instance is ready, all memory is busy)
-    # waits at most so long for one before it is refused: an instance restarts in less.
+    # waits at most so long for one before it is refused: an instance restarts in less. A load waits
+    # as long for memory of its instance, and is tried elsewhere then.
     placement_wait_ms: int = 10_000
     # ... and looks again after so long at first, then twice as long each time, when nothing has
     # changed in the view before.
