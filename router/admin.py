@@ -25,6 +25,7 @@ from mesh.core.placement import Placement, place
 from mesh.core.policy import Policy
 from mesh.core.types import LoadPriority
 from mesh.core.view import ClusterView, Resolved
+from mesh.internal_calls import DESCRIBE_PATH
 from mesh.metrics import RouterMetrics
 from mesh.wire.server import AsyncUnary
 from protos import mesh_admin_pb2 as pb
@@ -47,7 +48,6 @@ from router.rpc import Rpcs, methods_of
 log = logging.getLogger(__name__)
 
 SERVICE: Final = "mesh.admin.v1.Admin"
-DESCRIBE_PATH: Final = "/mesh.internal.v1.Instance/Describe"
 DESCRIBE_TIMEOUT_S: Final = 2.0
 RPCS: Final = (
     *("Apply", "List", "Describe", "Delete", "Explain", "Decisions"),

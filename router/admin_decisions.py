@@ -17,6 +17,7 @@ from mesh import admin_views as views
 from mesh.core.decisions import Decision, Decisions
 from mesh.core.errors import InvalidArgument, MeshError
 from mesh.core.view import ClusterView
+from mesh.internal_calls import DECISIONS_PATH
 from protos import mesh_admin_pb2 as pb
 from protos import mesh_internal_pb2 as internal
 from router.peers import Peers
@@ -25,7 +26,6 @@ from router.rpc import Rpcs
 
 # At the metrics listener of a router.
 PATH: Final = "/decisions"
-DECISIONS_PATH: Final = "/mesh.internal.v1.Instance/Decisions"
 TIMEOUT_S: Final = 3.0
 ASKED_AT_ONCE: Final = 64
 LIMIT: Final = 100

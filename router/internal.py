@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 from mesh.core.errors import MeshError, Unimplemented
+from mesh.internal_calls import PATHS as INSTANCE_PATHS
 from mesh.wire.calls import Method, ServerCall, Unary
 from mesh.wire.head import RequestHead
 from mesh.wire.messages import Metadata
 
 # They have methods of their own in instances and runtimes.
 _INTERNAL: Final = (
-    *(
-        f"/mesh.internal.v1.Instance/{rpc}"
-        for rpc in ("Load", "Unload", "Describe", "Decisions", "Rest")
-    ),
+    *INSTANCE_PATHS,
     *(
         f"/mmesh.ModelRuntime/{rpc}"
         for rpc in ("loadModel", "unloadModel", "predictModelSize", "modelSize", "runtimeStatus")

@@ -12,28 +12,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Final, assert_never
+from typing import assert_never
 
 from mesh.core import loads as core
 from mesh.core.errors import Code, MeshError
 from mesh.core.policy import Policy
 from mesh.core.types import LoadPriority
 from mesh.core.view import ClusterView
+from mesh.internal_calls import (
+    LOAD_PATH,
+    UNLOAD_PATH,
+    UNLOAD_TIMEOUT_S,
+    load_request,
+    load_timeout_ms,
+)
 from mesh.metrics import RouterMetrics
-from mesh.registry import encode
 from protos import mesh_internal_pb2 as internal
 from router.peers import Peers
 
 log = logging.getLogger(__name__)
-
-LOAD_PATH: Final = "/mesh.internal.v1.Instance/Load"
-UNLOAD_PATH: Final = "/mesh.internal.v1.Instance/Unload"
-UNLOAD_TIMEOUT_S: Final = 10.0
-_PRIORITY: Final = {
-    LoadPriority.AWAITED: internal.LoadRequest.AWAITED,
-    LoadPriority.COPY: internal.LoadRequest.COPY,
-    LoadPriority.PROACTIVE: internal.LoadRequest.PROACTIVE,
-}
 
 
 class LoadCalls:
@@ -62,9 +59,7 @@ class LoadCalls:
 
     def timeout_ms(self, model_id: str) -> int:
         """What a load may take, its wait in the instance's queue included."""
-        model = self._view.models.get(model_id)
-        stated = model.load_timeout_ms if model is not None else None
-        return (stated or self._policy.load_timeout_ms) + self._policy.queue_timeout_ms
+        return load_timeout_ms(self._view.models.get(model_id), self._policy)
 
     async def load(
         self,
@@ -82,14 +77,12 @@ class LoadCalls:
         view = self._view
         if size_bytes is not None:
             view.add_pending(model_id, instance_id, size_bytes=size_bytes, now_ms=now_ms)
-        model = view.models.get(model_id)
-        request = internal.LoadRequest(
-            model_id=model_id,
+        request = load_request(
+            model_id,
+            view.models.get(model_id),
             revision=view.revision,
             last_used_at_ms=last_used_at_ms or now_ms,
-            priority=_PRIORITY[priority],
-            # What the instance loads by while it cannot ask the store.
-            model_record=encode(model) if model is not None else b"",
+            priority=priority,
             pin=pin,
             use_score=self._use_score(model_id),
             reason=reason,
@@ -98,7 +91,7 @@ class LoadCalls:
             channel = self._peers.channel(instance_id)
             reply = await channel.unary(
                 LOAD_PATH,
-                request.SerializeToString(),
+                request,
                 timeout_s=self.timeout_ms(model_id) / 1_000,
             )
             answer = internal.LoadResponse.FromString(reply.message)

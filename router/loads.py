@@ -28,8 +28,6 @@ from mesh.core.types import LoadPriority
 from mesh.core.view import ClusterView
 from mesh.decision_log import DecisionLog
 from mesh.metrics import RouterMetrics
-from router.load_calls import LOAD_PATH as LOAD_PATH
-from router.load_calls import UNLOAD_PATH as UNLOAD_PATH
 from router.load_calls import LoadCalls
 from router.peers import Peers
 

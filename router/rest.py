@@ -31,6 +31,7 @@ from mesh.core.errors import (
     NotFound,
     Unimplemented,
 )
+from mesh.internal_calls import REST_PATH
 from mesh.wire.client import Reply
 from protos import oip_pb2 as pb
 from router.gateway import Gateway
@@ -39,7 +40,6 @@ from router.rest_json import document_of
 
 log = logging.getLogger(__name__)
 
-REST_PATH: Final = "/mesh.internal.v1.Instance/Rest"
 TIMEOUT_HEADER: Final = "X-Request-Timeout"
 LENGTH_HEADER: Final = "Inference-Header-Content-Length"
 _JSON: Final = "application/json"

@@ -8,21 +8,26 @@ import orjson
 from google.protobuf.message import Message
 
 from mesh.core.errors import InvalidArgument
-from mesh.core.types import LoadPriority
 from mesh.instance.describe import describe
 from mesh.instance.flights import Wish
 from mesh.instance.inference import Inference
 from mesh.instance.model_info import ModelInfo, parse, quick, slow
 from mesh.instance.pod import Pod
+from mesh.internal_calls import (
+    DECISIONS_PATH,
+    DESCRIBE_PATH,
+    LOAD_PATH,
+    REST_PATH,
+    UNLOAD_PATH,
+    priority_of,
+)
 from mesh.wire.server import Method, ServerCall, Streaming, Unary
 from protos import mesh_internal_pb2 as internal_pb2
 
 INFERENCE: Final = "/inference.GRPCInferenceService/"
-INTERNAL: Final = "/mesh.internal.v1.Instance/"
 # Decisions that are told when the request names no number, and at most.
 DECISIONS_DEFAULT: Final = 100
 DECISIONS_MAX: Final = 10_000
-_PRIORITIES: Final = (LoadPriority.AWAITED, LoadPriority.COPY, LoadPriority.PROACTIVE)
 
 
 class InternalMethods:
@@ -33,10 +38,10 @@ class InternalMethods:
 
     def methods(self) -> dict[str, Method]:
         return {
-            INTERNAL + "Load": slow(self._load),
-            INTERNAL + "Unload": slow(self._unload),
-            INTERNAL + "Describe": quick(self._describe),
-            INTERNAL + "Decisions": quick(self._decisions),
+            LOAD_PATH: slow(self._load),
+            UNLOAD_PATH: slow(self._unload),
+            DESCRIBE_PATH: quick(self._describe),
+            DECISIONS_PATH: quick(self._decisions),
         }
 
     async def _load(self, message: bytes) -> Message:
@@ -46,7 +51,7 @@ class InternalMethods:
                 _named(request.model_id),
                 request.revision,
                 request.last_used_at_ms,
-                _PRIORITIES[request.priority],
+                priority_of(request),
                 request.model_record,
                 request.pin,
                 request.use_score,
@@ -90,7 +95,7 @@ def instance_methods(pod: Pod, inference: Inference, info: ModelInfo) -> dict[st
     return {
         INFERENCE + "ModelInfer": Unary(inference.model_infer, inference.accept),
         INFERENCE + "ModelStreamInfer": Streaming(inference.model_stream_infer, inference.accept),
-        INTERNAL + "Rest": Unary(inference.rest, inference.accept),
+        REST_PATH: Unary(inference.rest, inference.accept),
         **info.methods(),
         **InternalMethods(pod).methods(),
     }

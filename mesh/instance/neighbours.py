@@ -24,25 +24,23 @@ from mesh.core.policy import Policy
 from mesh.core.types import CopyRecord, FailureRecord, InstanceRecord, LoadPriority, ModelRecord
 from mesh.core.view import ClusterView
 from mesh.instance.clock import Clock
+from mesh.internal_calls import (
+    LOAD_PATH,
+    UNLOAD_PATH,
+    UNLOAD_TIMEOUT_S,
+    load_request,
+    load_timeout_ms,
+)
 from mesh.store.api import Changes, Delete, KeyValue, KVStore, Put, Snapshot
 from mesh.wire.client import Channel
 from protos import mesh_internal_pb2 as internal
 
 log = logging.getLogger(__name__)
 
-LOAD_PATH: Final = "/mesh.internal.v1.Instance/Load"
-UNLOAD_PATH: Final = "/mesh.internal.v1.Instance/Unload"
-UNLOAD_TIMEOUT_S: Final = 10.0
 # Models whose copies the view still holds after they were read: those being decided about now.
 MODELS_REMEMBERED: Final = 256
 # A connection to another instance is closed when it was not used for so long.
 IDLE_S: Final = 60.0
-
-_PRIORITY: Final = {
-    LoadPriority.AWAITED: internal.LoadRequest.AWAITED,
-    LoadPriority.COPY: internal.LoadRequest.COPY,
-    LoadPriority.PROACTIVE: internal.LoadRequest.PROACTIVE,
-}
 
 # (last use in Unix milliseconds, score) of a model as this instance knows it.
 UseOf = Callable[[str], tuple[int, float]]
@@ -226,23 +224,20 @@ class Neighbours:
         """
         model_id, view, now_ms = record.model_id, self.view, self._clock.now_ms()
         last_used_at_ms, use_score = self._use_of(model_id)
-        request = internal.LoadRequest(
-            model_id=model_id,
+        request = load_request(
+            model_id,
+            record,
             revision=self._read_at.get(model_id, 0),
             last_used_at_ms=last_used_at_ms,
-            priority=_PRIORITY[priority],
-            model_record=registry.encode(record),
+            priority=priority,
             pin=pin,
             use_score=use_score,
             reason=reason,
         )
-        timeout_ms = record.load_timeout_ms or self._policy.load_timeout_ms
-        timeout_s = (timeout_ms + self._policy.queue_timeout_ms) / 1_000
+        timeout_s = load_timeout_ms(record, self._policy) / 1_000
         view.add_pending(model_id, instance_id, size_bytes=size_bytes, now_ms=now_ms)
         try:
-            message = await self._call(
-                instance_id, LOAD_PATH, request.SerializeToString(), timeout_s
-            )
+            message = await self._call(instance_id, LOAD_PATH, request, timeout_s)
             answer = internal.LoadResponse.FromString(message)
         except (MeshError, ValueError) as error:  # protobuf's DecodeError is a ValueError
             log.info("load of %s on %s (%s): %s", model_id, instance_id, reason, error)

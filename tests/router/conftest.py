@@ -29,13 +29,14 @@ from mesh.core.types import (
 )
 from mesh.core.view import ClusterView
 from mesh.decision_log import DecisionLog
+from mesh.internal_calls import LOAD_PATH, UNLOAD_PATH
 from mesh.metrics import RouterMetrics
 from mesh.store.memory import MemoryStore
 from mesh.wire.client import Reply, RpcError
 from mesh.wire.peer import NoConnection, Unconnected
 from protos import mesh_internal_pb2 as internal
 from router.dispatch import Dispatcher
-from router.loads import LOAD_PATH, UNLOAD_PATH, Loads
+from router.loads import Loads
 from router.names import NameLookup
 from router.peers import Peers
 

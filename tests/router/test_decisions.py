@@ -21,9 +21,10 @@ from mesh.admin_views import (
     decode_list,
 )
 from mesh.core.types import InstanceRecord, InstanceState
+from mesh.internal_calls import DECISIONS_PATH
 from mesh.store.api import Put
 from protos import mesh_admin_pb2 as pb
-from router import admin_decisions, roster
+from router import roster
 from tests.instance.fakes import MIB, until
 from tests.router.mesh_rig import ADMIN, MeshRig, mesh
 
@@ -131,9 +132,7 @@ async def test_a_limit_out_of_range_is_refused(tmp_path: Path, limit: int) -> No
 async def test_decisions_of_an_instance_are_not_for_clients(tmp_path: Path) -> None:
     async with mesh(tmp_path, pods=0) as rig:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await rig.call(
-                admin_decisions.DECISIONS_PATH, pb.DecisionsRequest(), pb.DecisionsResponse
-            )
+            await rig.call(DECISIONS_PATH, pb.DecisionsRequest(), pb.DecisionsResponse)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
