@@ -135,7 +135,8 @@ class Pod:
             return False
         self._asked_because[model_id] = because
         self.apply(UnloadWanted(model_id, Reason.ASKED))
-        await asyncio.shield(self._until_gone(model_id))
+        if self.cache.get(model_id) is not None:
+            await asyncio.shield(self._until_gone(model_id))
         return True
 
     def deleted(self, model_id: str) -> None:
@@ -301,6 +302,7 @@ class Pod:
             self._carry_out(instruction)
         if not isinstance(event, Tick | Drain) and self.cache.get(event.model_id) is None:
             self.records.pop(event.model_id, None)
+            self._asked_because.pop(event.model_id, None)
         for model_id in [name for name in self._gone if self.cache.get(name) is None]:
             self._gone.pop(model_id).set_result(None)
 

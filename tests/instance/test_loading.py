@@ -271,6 +271,28 @@ async def test_unload_answers_when_the_copy_is_gone(tmp_path: Path) -> None:
         await until(lambda: rig.copy("m") is None)
 
 
+async def test_unload_of_a_copy_that_is_only_queued_answers_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path, policy=with_policy(load_slots=1)) as rig:
+        rig.register("first")
+        rig.register("m")
+        rig.source.gates["first"] = asyncio.Event()
+        loads = [asyncio.create_task(rig.load(name)) for name in ("first", "m")]
+        await until(lambda: rig.pod.cache.get("first") and rig.pod.cache.get("m"))
+        unload = asyncio.create_task(rig.pod.unload("m", "because"))
+        await asyncio.sleep(0)
+        assert unload.done()  # or a copy that comes next would be waited for
+        rig.source.gates["first"].set()
+        assert [answer.outcome for answer in await asyncio.gather(*loads)] == [
+            LoadOutcome.LOADED,
+            LoadOutcome.REJECTED,
+        ]
+        await rig.load("m")
+        rig.pod.deleted("m")  # for another reason than the one that was given before
+        recent = rig.instance.decisions.decisions.recent(10)
+        unloads = [d for d in recent if d.kind == "unload"]
+        assert [(d.reason, "because" in d.detail) for d in unloads] == [("deleted", False)]
+
+
 async def test_a_load_that_comes_while_the_copy_is_unloaded_waits_for_that(
     tmp_path: Path,
 ) -> None:
