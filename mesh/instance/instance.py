@@ -239,8 +239,7 @@ class Instance:
 
     def _gauges(self) -> None:
         cache, metrics = self.pod.cache, self.metrics
-        buffer = cache.config.unload_buffer_bytes
-        metrics.gauge("capacity_bytes", cache.config.capacity_bytes - buffer)
+        metrics.gauge("capacity_bytes", cache.config.capacity_bytes)
         metrics.gauge_source("used_bytes", lambda: cache.used_bytes)
         metrics.gauge_source("models_total", lambda: len(self.pod.servables))
         metrics.gauge_source("loading", lambda: cache.loading_count)

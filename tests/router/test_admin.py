@@ -19,6 +19,8 @@ from mesh.admin_views import (
     decode_list,
 )
 from mesh.core.errors import LoadFailed
+from mesh.core.types import CopyRecord, CopyState
+from mesh.store.api import Put
 from protos import mesh_admin_pb2 as pb
 from tests.instance.fakes import MIB, until
 from tests.router.mesh_rig import ADMIN, MeshRig, isvc, mesh
@@ -148,6 +150,24 @@ async def test_list_instances(tmp_path: Path) -> None:
         )
         assert rows[0].state == "READY"
         assert rows[0].capacity_bytes == 10 * MIB
+
+
+async def test_list_instances_shows_what_is_in_memory_and_not_what_waits_for_it(
+    tmp_path: Path,
+) -> None:
+    async with mesh(tmp_path) as rig:
+        instance = rig.pods[0].instance
+        for n in range(20):
+            name = f"queued-{n}"
+            record = CopyRecord(name, instance.instance_id, CopyState.LOADING, size_bytes=MIB)
+            rig.server.apply([Put(registry.key_of(record), registry.encode(record))])
+
+        slots = rig.routers[0].view.instances
+        await until(lambda: slots[instance.instance_id].loads_in_progress == 20)
+        reply = await rig.call(ADMIN + "List", pb.ListRequest(kind="instances"), pb.ListResponse)
+        [told] = decode_list(InstanceRow, reply.items_json)
+        assert told.loading_count == 20
+        assert told.used_bytes == instance.pod.cache.used_bytes == 0
 
 
 async def test_an_unknown_kind_is_named(tmp_path: Path) -> None:
