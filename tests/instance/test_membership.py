@@ -77,7 +77,8 @@ async def test_while_the_store_is_away_loaded_models_stay_and_loads_say_try_agai
 async def test_a_claim_whose_answer_was_lost_leaves_no_orphan(tmp_path: Path) -> None:
     async with running(tmp_path) as rig:
         rig.register("m")
-        await asyncio.sleep(0.05)  # let the first writes pass
+        # The first writes pass, or the faults would be theirs.
+        await until(lambda: rig.record() is not None and not rig.instance.publisher._dirty)
         rig.server.fail_next(2, applied=True)
         answer = await rig.load("m")
         assert answer.outcome is LoadOutcome.REJECTED
