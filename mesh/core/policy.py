@@ -28,13 +28,15 @@ class Policy:
     max_waiting_per_model: int = 1_024
     # Requests that may wait for loads in one router altogether (64 KiB each: 512 MiB at worst).
     max_waiting_total: int = 8_192
-    # Copies that one request is sent to before its error is final (ModelMesh: 8 iterations).
+    # Copies that one request is sent to before its error is final (ModelMesh: 8 iterations), and
+    # instances that one load, or one move of a drain, asks before it waits or is given up.
     hops_max: int = 4
     # Instances on which a failing model is tried before the failure is final until it expires.
     max_load_failures: int = 3
     # A recorded failure keeps a model off that instance for so long (ModelMesh: 15 min).
     load_failure_expiry_ms: int = 900_000
-    # The same when the world was at fault (store unreachable, disk full): it may heal soon.
+    # The same when the world was at fault (store unreachable, disk full): it may heal soon. An
+    # instance that did not take a copy that the leader wants there is asked again within so long.
     transient_failure_expiry_ms: int = 30_000
     # An unknown model's size before its artifact has been seen (ModelMesh's adapters: 1 MB).
     default_model_size_bytes: int = 1_000_000
@@ -67,11 +69,13 @@ class Policy:
     # The blob of an instance that is gone is kept while it tells of a use within this time: a model
     # that rests for longer is as good as unused, and a mesh that restarts daily keeps few blobs.
     last_used_keep_ms: int = 86_400_000
-    # What one sweep of the leader deletes or unloads at most: one transaction of the store.
+    # What one sweep of the leader deletes, unloads or seeks a place for at most, of each kind: one
+    # transaction of the store.
     repair_batch_max: int = 100
     # Loads that one sweep of the leader starts at most: it must not fill every load slot.
     repair_loads_max: int = 16
     # An auto-delete model without an alias is left alone for so long: its alias may be on its way.
+    # So are copies whose instance has no record: its lease may only have been lost.
     orphan_grace_ms: int = 60_000
     # The leader looks at aliases on their way and at what is to be repaired this often.
     leader_sweep_ms: int = 5_000
@@ -119,7 +123,7 @@ class Policy:
     # Models whose copies one instance reads from the store in one look at its rates.
     scale_reads_max: int = 32
     # A second copy, against the loss of the first, for a model in regular use: used now, and before
-    # that between these ages ago.
+    # that between these ages ago. Within the longer one every model's copies are counted anew.
     second_copy_min_age_ms: int = 420_000
     second_copy_max_age_ms: int = 2_400_000
     # ... where that costs nobody much: so much of the mesh is free, or what would be evicted has
