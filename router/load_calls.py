@@ -125,16 +125,19 @@ class LoadCalls:
             case internal.LoadResponse.FAILED:
                 known = answer.code in Code._value2member_map_ and answer.code != Code.OK
                 code = Code(answer.code) if known else Code.UNAVAILABLE
-                self._view.put_failure(
-                    core.failure_record(
-                        model_id,
-                        instance_id,
-                        code,
-                        answer.message,
-                        now_ms=now_ms,
-                        policy=self._policy,
+                # Of a model that is not registered nothing is remembered: under the same name it
+                # may be registered anew at any time.
+                if code is not Code.NOT_FOUND:
+                    self._view.put_failure(
+                        core.failure_record(
+                            model_id,
+                            instance_id,
+                            code,
+                            answer.message,
+                            now_ms=now_ms,
+                            policy=self._policy,
+                        )
                     )
-                )
                 return core.Failed(instance_id, code, answer.message)
             case internal.LoadResponse.REJECTED:
                 return core.Rejected(instance_id, answer.message)

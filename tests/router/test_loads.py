@@ -189,6 +189,24 @@ async def test_a_failure_everywhere_is_told_with_its_cause_and_kind(world, code:
     assert sorted(world.asked) == ["a", "b"]
 
 
+async def test_a_model_deleted_during_its_load_loads_when_it_is_registered_anew(world) -> None:
+    world.instance("a")
+    world.model("m")
+    world.script("a", failed(Code.NOT_FOUND, "it was deleted while it was being loaded"))
+    world.hold()
+    first = world.call("m")
+    await world.until(lambda: world.asked)
+    world.view.delete_model("m")
+    world.release()
+    await world.until(lambda: first.settled)
+    assert first.error is not None
+    assert first.error.code is Code.NOT_FOUND
+    world.model("m")
+    again = world.call("m")
+    await world.until(lambda: again.settled)
+    assert again.forwards == ["a:1"]
+
+
 async def test_a_recorded_failure_answers_at_once_until_it_expires(world) -> None:
     world.instance("a")
     world.model("m")
