@@ -180,12 +180,13 @@ class Rig:
         self.runtime = FakeRuntime()
         self.policy: Policy = settings.pop("policy", Policy())
         capacity = settings.pop("capacity_bytes", 10 * MIB)
+        drain_timeout_ms = settings.pop("drain_timeout_ms", 20_000)
         self.settings = InstanceSettings(
             puller=PullerSettings(cache_dir=tmp_path),
             metrics_port=None,
             capacity_bytes=capacity,
             drain_notice_ms=0,
-            drain_timeout_ms=2_000,
+            drain_timeout_ms=drain_timeout_ms,
             policy=self.policy,
             **settings,
         )

@@ -176,7 +176,7 @@ async def test_an_instance_that_refuses_is_passed_over_for_the_next(tmp_path: Pa
 
 
 async def test_moves_end_in_time_for_requests_in_flight(tmp_path: Path) -> None:
-    async with several(tmp_path, 2) as (leaving, other):
+    async with several(tmp_path, 2, drain_timeout_ms=2_000) as (leaving, other):
         leaving.register("a")
         await hold(leaving, "a")
         other.runtime.load_gates["a"] = threading.Event()

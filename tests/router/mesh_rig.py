@@ -63,7 +63,7 @@ class MeshRig:
             "metrics_port": 0,
             "reuse_port": False,
             "drain_notice_ms": 0,
-            "drain_timeout_ms": 2_000,
+            "drain_timeout_ms": 20_000,
             "policy": POLICY,
         }
         router = Router(RouterSettings(**{**fixed, **settings}), self.store.peer())

@@ -11,8 +11,8 @@ from pathlib import Path
 from tests.instance.fakes import MIB, Rig, until
 from tests.router.mesh_rig import POLICY, mesh
 
-# Loads ahead of requests are looked for all the time, but for the first second.
-EAGER = replace(POLICY, leader_sweep_ms=20, proactive_quiet_ms=1_000, proactive_sweep_ms=20)
+# Loads ahead of requests are looked for all the time, but for the first two seconds.
+EAGER = replace(POLICY, leader_sweep_ms=20, proactive_quiet_ms=2_000, proactive_sweep_ms=20)
 
 
 async def test_awaited_loads_ramp_up_within_the_slots_and_the_rest_comes_after_them(
