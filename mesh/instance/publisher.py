@@ -75,6 +75,7 @@ class Publisher:
         self._leased: dict[str, bytes] = {}
         self._unleased: dict[str, bytes] = {}  # puts that have not reached the store yet
         self._dirty: dict[str, None] = {}
+        self._on_the_way: set[str] = set()  # keys of the transaction that has not answered yet
         self._wake = asyncio.Event()
         self._flushing = asyncio.Lock()
         self._claiming: set[str] = set()  # keys of claims whose answer has not come yet
@@ -177,8 +178,8 @@ class Publisher:
         key = registry.key_of(record)
         self._claiming.add(key)
         try:
-            if key in self._dirty:
-                await self.flush()
+            if key in self._dirty or key in self._on_the_way:
+                await self.flush()  # what is said of an earlier copy must not come after the claim
             claim = await self._claim(record, key, revision)
             if isinstance(claim, ClaimedElsewhere) and claim.instance_id == self._instance_id:
                 claim = await self._claim(record, key, claim.copy_revision)
@@ -269,6 +270,7 @@ class Publisher:
                 if not batch:
                     return  # only leased keys are left, and there is no lease
                 operations = [operation for _, operation, _ in batch]
+                self._on_the_way = {key for key, _, _ in batch}
                 try:
                     self.revision = (await self._store.txn([], operations)).revision
                 except LeaseNotFound:
@@ -280,6 +282,8 @@ class Publisher:
                     if isinstance(error, MeshError):
                         self.not_answered()
                     raise
+                finally:
+                    self._on_the_way = set()
                 self.connected, self.away = True, False
                 for key, _, value in batch:
                     if self._unleased.get(key) == value:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from mesh import registry
+from mesh.core.types import CopyRecord, CopyState
 from mesh.instance.publisher import Publisher
-from mesh.store.api import StoreUnavailable
+from mesh.store.api import Put, StoreUnavailable, TxnResult
 from mesh.store.memory import MemoryStore
 
 
@@ -66,6 +70,43 @@ async def test_a_flush_that_is_cancelled_loses_nothing() -> None:
     store.server.release_calls()
     await subject.flush()
     assert store.server.get("a").value == b"1"
+
+
+class LateStore(MemoryStore):
+    """Carries out the first transaction only when it is told to: etcd keeps no order between
+    transactions that are on their way together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def txn(self, *args: Any, **kwargs: Any) -> TxnResult:
+        if not self.asked.is_set():
+            self.asked.set()
+            await self.go_on.wait()
+        return await super().txn(*args, **kwargs)
+
+
+async def test_a_claim_is_not_overtaken_by_the_withdrawal_of_the_copy_before_it() -> None:
+    store = LateStore()
+    store.server.apply([Put(registry.model_key("m"), b"{}")])
+    subject = await publisher(store)
+    copy = CopyRecord("m", "i", CopyState.LOADED)
+    key = registry.key_of(copy)
+    store.server.apply([Put(key, registry.encode(copy))])
+    subject.put_copy(copy)
+    subject.remove_copy("m")
+    withdrawal = asyncio.create_task(subject.flush())
+    await store.asked.wait()
+    wish = replace(copy, state=CopyState.LOADING)
+    claim = asyncio.create_task(subject.claim(wish, store.server.revision))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    store.go_on.set()
+    await withdrawal
+    await claim
+    assert registry.decode(key, store.server.get(key).value).state is CopyState.LOADING
 
 
 async def test_without_a_lease_only_what_needs_none_is_written() -> None:
