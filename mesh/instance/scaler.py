@@ -55,6 +55,8 @@ _REFUSALS_MAX: Final = 5
 # What passes by itself, soon: looked at again at the next sweep. A copy that has just been loaded
 # is not in the store yet.
 _PASSING: Final = frozenset({"cooldown", "load_under_way", "not_here"})
+# Why the number of a busy model's copies is left alone without anything being short.
+_WELL: Final = _PASSING | {"enough", "not_the_oldest"}
 # Models that are read only because they were not for long, in one sweep.
 _ROUTINE_READS: Final = 2
 # The next of several copies is placed when the claim of the last one is seen, or after so long.
@@ -70,6 +72,7 @@ class _Watched:
         "busy_ns",
         "changed_at_ms",
         "copies",
+        "held_back_by",
         "holder",
         "in_flight",
         "looked_at_ms",
@@ -94,6 +97,7 @@ class _Watched:
         self.changed_at_ms = 0
         self.not_before_ms = 0
         self.refusals = 0
+        self.held_back_by = ""  # why a copy that it should have was not added, as told last
 
     def rests(self, now_ms: int, policy: Policy) -> bool:
         """Nothing has happened since the last look, and nothing can come of that."""
@@ -191,7 +195,7 @@ class Scaler:
                 reads += 1
                 if reads > _ROUTINE_READS:
                     continue
-            await self._decide(model_id, use)
+            await self._decide(model_id, use, why)
 
     # ---- measuring ----
 
@@ -231,7 +235,7 @@ class Scaler:
 
     # ---- deciding ----
 
-    async def _decide(self, model_id: str, use: CopyUse) -> None:
+    async def _decide(self, model_id: str, use: CopyUse, why: str) -> None:
         record, watched = self._pod.records.get(model_id), self._watched.get(model_id)
         if record is None or watched is None:
             return
@@ -252,29 +256,42 @@ class Scaler:
                 if reason not in _PASSING:
                     wait_ms = _LEFT_ALONE_SWEEPS * policy.scale_sweep_ms
                     watched.not_before_ms = now_ms + wait_ms
+                self._tell_held_back(model_id, watched, decision, why)
             case ScaleUp(placement, reason, detail):
-                self._note("scale_up", model_id, reason, placement, f"{detail}; {placement.detail}")
+                watched.held_back_by = ""
+                told = f"{detail}; {placement.detail}"
+                self._note("scale_up", model_id, reason, placement, detail=told)
                 self._change(model_id, self._scale_up(record, watched, decision))
             case ScaleDown(instance_id, reason, detail):
-                if self._decisions is not None:
-                    self._decisions.note(
-                        "scale_down", reason, model_id=model_id, instance_id=instance_id,
-                        detail=detail,
-                    )  # fmt: skip
+                self._note("scale_down", model_id, reason, instance_id=instance_id, detail=detail)
                 self._change(model_id, self._scale_down(model_id, watched, decision))
             case _:
                 assert_never(decision)
 
+    def _tell_held_back(self, model_id: str, watched: _Watched, kept: Keep, why: str) -> None:
+        """Once, until something else is decided: a copy is asked hard and gets no company."""
+        held_back_by = kept.reason if why == "hot" and kept.reason not in _WELL else ""
+        if held_back_by and held_back_by != watched.held_back_by:
+            self._note("keep", model_id, held_back_by, detail=kept.detail)
+        watched.held_back_by = held_back_by
+
     def _note(
-        self, kind: str, model_id: str, reason: str, placement: Placement, detail: str
+        self,
+        kind: str,
+        model_id: str,
+        reason: str,
+        placement: Placement | None = None,
+        *,
+        instance_id: str = "",
+        detail: str,
     ) -> None:
         if self._decisions is not None:
             self._decisions.note(
                 kind,
                 reason,
                 model_id=model_id,
-                instance_id=placement.instance_id,
-                runner_up=placement.runner_up or "",
+                instance_id=placement.instance_id if placement else instance_id,
+                runner_up=(placement.runner_up if placement else None) or "",
                 detail=detail,
             )
 

@@ -243,6 +243,21 @@ async def test_a_refused_load_is_not_asked_for_at_every_look(world: World) -> No
     assert len(world.others.stored["m"]) == 2
 
 
+async def test_a_copy_that_cannot_be_added_is_told_once_with_the_reason(world: World) -> None:
+    servable = world.hold("m", "a")  # two of five are a share of 0.34 and more
+    await world.after()
+    for _ in range(20):
+        world.use(servable, 400)
+        await world.after()
+    assert world.others.loads == []
+    assert world.told("keep") == [("copies_share", "")]
+    await world.after(POLICY.second_copy_max_age_ms)  # at rest: content
+    for _ in range(20):
+        world.use(servable, 400)
+        await world.after()
+    assert world.told("keep") == [("copies_share", "")] * 2
+
+
 async def test_one_change_a_model_at_a_time(world: World) -> None:
     world.others.gate = asyncio.Event()
     servable = world.hold()
