@@ -16,6 +16,8 @@ from mesh.core.types import LoadPriority, ModelRecord
 from mesh.core.view import ClusterView
 from mesh.instance.answers import LoadAnswer, LoadOutcome
 
+# Decided upon every ten seconds, so it may be as much later than the routers' views: fewer batches.
+WATCH_TIMES = 8
 # Instances number their loads apart from the routers, whose numbers are below.
 _NUMBER = 15
 
@@ -66,7 +68,7 @@ class Neighbours:
         self.view = ClusterView()
         self._asked = 0
         world.store.fill(self.view)
-        self.watch = world.store.watch(world.settings.watch_ms, self._take_in)
+        self.watch = world.store.watch(WATCH_TIMES * world.settings.watch_ms, self._take_in)
 
     def _take_in(self, changes: Sequence[Change]) -> None:
         take_in(self.view, changes)

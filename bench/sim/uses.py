@@ -6,11 +6,14 @@ vectorised, as the real router folds them a slice at a time.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from mesh.core.usage import score_after
 
-FOLD_MS = 10_000.0
+# A score forgets by half in an hour: a minute of uses may well count as of its end.
+FOLD_MS: Final = 60_000.0
 
 
 class UseCounts:
