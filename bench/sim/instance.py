@@ -454,6 +454,7 @@ class SimInstance:
             self.use_book.leaves(copy, self.world.policy.use_half_life_ms)
         if self.cache.get(model_id) is None:
             self.records.pop(model_id, None)
+            self.loading.forget(model_id)
 
     def _start_unload(self, model_id: str, reason: Reason) -> None:
         stats = self.world.stats

@@ -52,6 +52,12 @@ class Loading:
             job.abandoned = True
             self._instance.after(0.0, self._cancelled, model_id)
 
+    def forget(self, model_id: str) -> None:
+        """The cache has dropped a copy that is not in memory: fetched, and refused then."""
+        job = self._jobs.get(model_id)
+        if job is not None and not job.fetching:
+            self._ends(model_id)
+
     def start_unload(self, model_id: str) -> None:
         ended = UnloadFinished(model_id)
         self._instance.after(self._world.settings.unload_ms, self._instance.apply, ended)

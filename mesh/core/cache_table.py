@@ -146,14 +146,10 @@ class CacheConfig:
 
     @staticmethod
     def from_policy(policy: Policy, capacity_bytes: int) -> CacheConfig:
-        """The buffer holds what may be loading at once, within its share of the capacity."""
-        low = int(capacity_bytes * policy.unload_buffer_min_share)
-        high = int(capacity_bytes * policy.unload_buffer_max_share)
-        loading = policy.load_slots * policy.default_model_size_bytes
         return CacheConfig(
             capacity_bytes=capacity_bytes,
             load_slots=policy.load_slots,
-            unload_buffer_bytes=min(high, max(low, loading)),
+            unload_buffer_bytes=policy.unload_buffer_bytes(capacity_bytes),
             default_size_bytes=policy.default_model_size_bytes,
             min_churn_age_ms=policy.min_churn_age_ms,
             first_use_grace_ms=policy.first_use_grace_ms,

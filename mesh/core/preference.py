@@ -11,15 +11,18 @@ narrows nothing, which is how soft filters are relaxed, the last one first:
 6. ``zone_spread``: in a zone with the fewest copies of the model
 7. ``most_free``: about as much free memory as the best, when nothing has to be evicted
 8. ``slots_free``: its load slots are least behind
-9. ``oldest_lru`` or ``cheapest_victim``: what would go there is worth about as little as anywhere
+9. ``oldest_lru`` or ``cheapest_victim``: what would go there is worth about as little as anywhere,
+   with much slack: see ``Policy.close_score_share``
 10. ``preferred_labels`` once more, where all are full
+
+Room is what is free beyond the unload buffer, which every instance keeps by evicting ahead.
 
 Room is not worth a queue: an instance that has just started is empty, has two load slots like all
 others, and would get every load of the mesh until it is full. So one with room goes before a full
 one only while its slots are no further behind than anybody's. (Simulated: one of ten instances with
 room for 300 models each restarts; the 99th percentile of a cold start was 87 s, and is 1 s.)
 
-"About" (``Policy.close_free_share``, ``close_lru_share``) is there because every router looks at
+"About" (``Policy.close_free_share`` and the like) is there because every router looks at
 adverts that are up to half a second old: if all took the best one, all would take the same one. Of
 those that are left two are drawn by a hash of model and instance, and the better of the two is
 taken (fewest loads last): two random choices keep nearly the balance of the best one, without its
@@ -72,6 +75,9 @@ class Preference:
         self._arriving = arriving_sets(newest, now_ms, policy) if newest else {}
         self._now_ms = now_ms
         self._policy = policy
+        # Memory that instances keep free for loads by evicting ahead, by capacity: no room.
+        capacities = {s.record.capacity_bytes for s in pool}
+        self._reserves = {c: policy.unload_buffer_bytes(c) for c in capacities}
         self._zones = _copies_by_zone(view, demand.model.model_id)
         rates = [s.record.requests_per_minute for s in pool]
         self._hot_above: float = policy.hot_requests_per_minute
@@ -102,7 +108,8 @@ class Preference:
         at = draws.index(min(draws))
         draws[at] = _MASK + 1
         one, other = short[at], short[draws.index(min(draws))]
-        return (one, other) if self._rank(one) <= self._rank(other) else (other, one)
+        rank = self._load_rank if self._full(one) and self._full(other) else self._rank
+        return (one, other) if rank(one) <= rank(other) else (other, one)
 
     def parting(self, winner: InstanceSlot, second: InstanceSlot) -> str:
         """The first term by which ``winner`` was the better one."""
@@ -123,8 +130,6 @@ class Preference:
             return cheaper
         if full and self._lacks_labels(winner) != self._lacks_labels(second):
             return "preferred_labels"
-        if full and self._victim(winner) != self._victim(second):
-            return cheaper
         if winner.loads_in_progress != second.loads_in_progress:
             return "fewest_loads"
         return "tie_hash"
@@ -149,8 +154,12 @@ class Preference:
         """See the module's docstring. Comprehensions over attributes: see ``demand.fitting``."""
         size_bytes, policy = self._size_bytes, self._policy
         pool, behind = self._trusted(pool), self._least_behind
+        reserves = self._reserves
         roomy = [
-            s for s in pool if s.effective_free_bytes >= size_bytes and s.slots_behind <= behind
+            s
+            for s in pool
+            if s.effective_free_bytes - reserves[s.record.capacity_bytes] >= size_bytes
+            and s.slots_behind <= behind
         ]
         if self._preferred and roomy:
             roomy = [s for s in roomy if self._preferred <= s.labels] or roomy
@@ -188,11 +197,12 @@ class Preference:
     def _cheap(self, pool: Sequence[InstanceSlot]) -> Sequence[InstanceSlot]:
         """Where about as little is lost as anywhere. 0 is "nothing can be evicted": the space is
         taken by loads under way and pinned copies."""
-        close = self._policy.close_lru_share
         pool = [s for s in pool if s.record.lru_at_ms or s.record.victim_score] or pool
         if self._by_score:
+            close = self._policy.close_score_share
             worth = min([s.record.victim_score for s in pool]) + (-log2(close) if close else 1e9)
             return [s for s in pool if s.record.victim_score <= worth]
+        close = self._policy.close_lru_share
         oldest_at_ms = min([s.record.lru_at_ms for s in pool])
         age_ms = self._now_ms - oldest_at_ms
         slack_ms = max(age_ms * (1 - close), self._policy.advert_min_interval_ms)
@@ -215,10 +225,17 @@ class Preference:
             self._draw(slot),
         )
 
+    def _load_rank(self, slot: InstanceSlot) -> Rank:
+        """Of full ones that are about as good: how little what would go is worth does not decide
+        once more. It would always name the one that has just loaded what nobody asks for again."""
+        return slot.slots_behind, slot.loads_in_progress, self._draw(slot)
+
     def _full(self, slot: InstanceSlot) -> bool:
         """Or as good as full: a load would wait there longer than elsewhere."""
         return (
-            slot.effective_free_bytes < self._size_bytes or slot.slots_behind > self._least_behind
+            slot.effective_free_bytes - self._reserves.get(slot.record.capacity_bytes, 0)
+            < self._size_bytes
+            or slot.slots_behind > self._least_behind
         )
 
     def _free_enough(self, slot: InstanceSlot, best_bytes: int) -> bool:

@@ -94,7 +94,13 @@ def test_no_instance_is_left_out() -> None:
 
 def test_taking_the_best_each_time_would_herd() -> None:
     """What the draw is for: this is how it looks without."""
-    strict = replace(Policy(), close_free_share=1.0, close_lru_share=1.0, advert_min_interval_ms=0)
+    strict = replace(
+        Policy(),
+        close_free_share=1.0,
+        close_lru_share=1.0,
+        close_score_share=1.0,
+        advert_min_interval_ms=0,
+    )
     assert imbalance(loads_by_instance(CAPACITY, strict)) > 1.3
 
 

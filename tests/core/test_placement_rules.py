@@ -54,7 +54,7 @@ def group(
     [
         pytest.param([instance("a")], "a", "only_candidate", None, id="the only one"),
         pytest.param(
-            [instance("a", used_bytes=90), instance("b", used_bytes=79, lru_at_ms=1)],
+            [instance("a", used_bytes=90), instance("b", used_bytes=69, lru_at_ms=1)],
             "b",
             "not_full",
             "a",
@@ -161,9 +161,29 @@ def group(
         ),
         pytest.param(
             [
-                full("a", victim_score=280.0),
-                full("b", victim_score=277.0),
-                full("c", victim_score=278.0),
+                instance("a", used_bytes=79, lru_at_ms=NOW - 5),
+                instance("b", used_bytes=100, lru_at_ms=NOW - 90_000),
+            ],
+            "b",
+            "oldest_lru",
+            "a",
+            id="what an instance keeps free for the next load is no room",
+        ),
+        pytest.param(
+            [
+                full("a", victim_score=277.0, loading_count=1, load_slots=2),
+                full("b", victim_score=279.0, load_slots=2),
+            ],
+            "b",
+            "fewest_loads",
+            "a",
+            id="all full: who would lose a little less does not get every load",
+        ),
+        pytest.param(
+            [
+                full("a", victim_score=290.0),
+                full("b", victim_score=270.0),
+                full("c", victim_score=280.0),
             ],
             "b",
             "cheapest_victim",
