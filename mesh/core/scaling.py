@@ -182,7 +182,7 @@ def memory_of(view: ClusterView, now_ms: int, policy: Policy) -> Memory:
     """Walks the instances: once for a look at many models."""
     since_ms = now_ms - policy.second_copy_lru_age_ms
     rested = any(s.ready and 0 < s.record.lru_at_ms <= since_ms for s in view.instances.values())
-    return Memory(free_share(view), rested)
+    return Memory(free_share(view, policy), rested)
 
 
 def worth_reading(
@@ -202,13 +202,15 @@ def worth_reading(
     return ""
 
 
-def free_share(view: ClusterView) -> float:
-    """Free memory of all READY instances, as a share of theirs."""
+def free_share(view: ClusterView, policy: Policy) -> float:
+    """Free memory of all READY instances beyond what they keep free by evicting ahead, as a share
+    of theirs: a mesh that thrashes has its unload buffers free, too."""
     capacity = free = 0
     for slot in view.instances.values():
         if slot.ready:
             capacity += slot.record.capacity_bytes
-            free += slot.effective_free_bytes
+            buffer_bytes = policy.unload_buffer_bytes(slot.record.capacity_bytes)
+            free += max(0, slot.effective_free_bytes - buffer_bytes)
     return free / capacity if capacity else 0.0
 
 
@@ -288,7 +290,7 @@ def _second(
     placed = place(view, model, now_ms=now_ms, policy=policy)
     if isinstance(placed, NoPlacement):
         return Keep(placed.reason, placed.detail)
-    share = free_share(view)
+    share = free_share(view, policy)
     slot = view.instances[placed.instance_id]
     lru_at_ms = slot.record.lru_at_ms
     rested = lru_at_ms > 0 and now_ms - lru_at_ms >= policy.second_copy_lru_age_ms
@@ -330,7 +332,7 @@ def _fewer(
         reason = "low_rate"
         detail = f"{use.requests_per_minute:.0f} requests a minute on each of {copies} copies"
     else:
-        share = free_share(view)
+        share = free_share(view, policy)
         reason = _idle_reason(idle_ms, share, policy)
         detail = f"unused for {idle_ms} ms; {share:.0%} of the mesh is free"
         if not reason:
