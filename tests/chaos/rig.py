@@ -108,6 +108,12 @@ class Rig:
         """Loads that have ended so in all instances since each one started."""
         return total(self.instances, "mesh_loads_total", outcome=outcome)
 
+    def loads_of(self, name: str) -> int:
+        """Loads of one model that have ended well, by the logs of all instances: other models may
+        be loaded at the same time, ahead of requests for one."""
+        logs = (self.mesh.data_dir / "logs").glob("instance-*.log")
+        return sum(log.read_text(errors="replace").count(f" loaded {name}__") for log in logs)
+
     def copies(self) -> dict[str, list[str]]:
         """Instances by name of model, as one router tells."""
         with Asker(self.address) as ask:
