@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Final
 
 from mesh.core.decisions import Decision, Decisions
 from mesh.core.policy import Policy
 
 log = logging.getLogger("mesh.decisions")
+
+# Characters: a thousand decisions are kept, and a cause can be the text of a foreign error.
+DETAIL_MAX: Final = 1_000
 
 
 class DecisionLog:
@@ -43,6 +47,8 @@ class DecisionLog:
         detail: str = "",
         level: int = logging.INFO,
     ) -> None:
+        if len(detail) > DETAIL_MAX:
+            detail = detail[: DETAIL_MAX - 3] + "..."
         decision = Decision(self._now_ms(), kind, reason, model_id, instance_id, runner_up, detail)
         self.decisions.add(decision)
         self._counted(kind, reason)

@@ -172,6 +172,8 @@ def _text(value: Any) -> str:
 def _integer(value: Any) -> int:
     if type(value) is not int:
         raise TypeError("expected a whole number")
+    if value < 0:
+        raise ValueError("expected at least 0")
     return value
 
 
@@ -378,6 +380,8 @@ def decode(key: str, value: bytes) -> Record | None:
 # ancient last use of a model that it does not know.
 _SCORE_MARK: Final = "\x1f"
 _SCORE_SCALE: Final = 1_000
+# Far beyond any: a half-life of a second makes scores of 2e9.
+_SCORE_MAX: Final = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +398,8 @@ def encode_last_used(
     """The blob of ``lastused/<instance_id>``: last uses, and use scores where they are known."""
     document = dict(last_used_at_ms)
     for model_id, score in (scores or {}).items():
-        document[_SCORE_MARK + model_id] = round(score * _SCORE_SCALE)
+        if 0.0 <= score < _SCORE_MAX:  # a number at all, and one that JSON can hold
+            document[_SCORE_MARK + model_id] = round(score * _SCORE_SCALE)
     return orjson.dumps(document)
 
 

@@ -97,7 +97,9 @@ class DecisionsAdmin:
             one: self._ask_instance(one, models, limit, turn) for one in instances
         }
         query = {"name": name, "limit": str(limit), "since_ms": str(since_ms)}
-        asking |= {one: self._ask_router(one, query, turn) for one in self.roster.others}
+        asking |= {
+            one: self._ask_router(one, query, turn) for one in self.roster.others.keys() - asking
+        }
         tasks = {one: asyncio.ensure_future(question) for one, question in asking.items()}
         if not tasks:
             return {}

@@ -54,6 +54,8 @@ NOTE_S: Final = 0.1
 _IN_VAIN: Final = frozenset({Failure.LOST, Failure.SILENT, Failure.REFUSED})
 # The instance may have begun with it: sending it again is work done twice.
 _CHARGED: Final = frozenset({Failure.LOST, Failure.SILENT, Failure.OVERLOADED})
+# The instance said so itself: it answers, whatever else is held against it.
+_REFUSALS: Final = frozenset({Failure.NOT_HERE, Failure.DRAINING})
 _NO_ANSWER: Final = frozenset({Code.CANCELLED, Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE})
 
 
@@ -157,6 +159,8 @@ class Dispatcher:
                 journey.failures += 1
                 if failure is Failure.LOST:  # silence was noticed already, a refusal is an answer
                     self._peers.attempt_failed(copy.instance_id)
+        if self._standings and failure in _REFUSALS:
+            self._peers.answered(copy.instance_id)
         if journey.failures >= self._policy.hops_max:
             self._fail(call, "hops_exhausted", self._gave_up(journey, copy, failure))
         elif failure in _CHARGED and not self._budget.take(self._routed, _steady_ms()):

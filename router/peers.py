@@ -62,7 +62,8 @@ class Peers:
         # Called behind each look of ``watch`` with its time, and at once when an instance is back.
         self.on_watch: Callable[[float], None] = _nothing
         self.on_back: Callable[[str], None] = _nobody
-        self._silent: set[str] = set()  # with a connection that is silent, or none in time
+        # With a connection that is silent, or none in time: since when.
+        self._silent: dict[str, float] = {}
         self._connecting: set[str] = set()  # asked for a connection, to see whether it is back
         self._forgot_s = 0.0
 
@@ -138,7 +139,7 @@ class Peers:
         self._apply(None)
         if now_s - self._forgot_s >= _FORGET_S:
             self._forgot_s = now_s
-            for instance_id in self.outliers.passed_over - self._view.instances.keys():
+            for instance_id in self.outliers.standings.keys() - self._view.instances.keys():
                 self.outliers.forget(instance_id)
         # Behind all judgements, so that no call goes from one silent instance to another.
         for peer, patience in troubled:
@@ -155,7 +156,7 @@ class Peers:
     ) -> None:
         peer.watch(now_s, patience)
         if peer.silent_since_s:
-            self._silent.add(instance_id)
+            self._silent.setdefault(instance_id, peer.silent_since_s)
         if peer.look_at_s <= now_s and peer.troubled:
             troubled.append((peer, patience))
 
@@ -171,8 +172,8 @@ class Peers:
             quiet_ms = int((now_s - silent_since_s) * 1_000)
             self._apply(self.outliers.fell_silent(instance_id, quiet_ms))
             return
-        self._silent.discard(instance_id)
-        if heard_s:
+        # What was heard before the silence is no sign of life behind it.
+        if heard_s > self._silent.pop(instance_id):
             self._apply(self.outliers.heard(instance_id))
         else:
             self.outliers.lost_sight(instance_id, self._now_ms())

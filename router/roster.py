@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,6 +30,10 @@ PREFIX: Final = ROUTERS_PREFIX
 TTL_MS: Final = 10_000
 # The pause after the store refused or was away, before the next try to be written down.
 _AGAIN_S: Final = 2.0
+# Ten thousand decisions of the largest size; nobody needs as many.
+_ANSWER_MAX_BYTES: Final = 16 * 1024 * 1024
+# Nothing else of a URL: who writes to the store must not choose what a router asks for.
+_HOST_AND_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]{1,253}):[0-9]{1,5}")
 _ANYWHERE: Final = ("", "0.0.0.0", "::")
 
 
@@ -83,6 +88,7 @@ class Roster:
                 await lease.wait_lost()
             except MeshError as error:
                 log.debug("the roster of routers: %s", error.message)
+                await self.close()  # a lease without its key is of no use
                 await asyncio.sleep(_AGAIN_S)
 
     async def close(self) -> None:
@@ -99,18 +105,26 @@ class Roster:
             raise Unavailable(f"router {router_id!r} tells no address")
         url = f"http://{address}{path}"
         try:
-            async with aiohttp.ClientSession() as session, session.get(url, params=query) as reply:
-                body = await reply.read()
-        except (aiohttp.ClientError, OSError) as error:
+            async with (
+                aiohttp.ClientSession(auto_decompress=False) as session,
+                session.get(url, params=query, allow_redirects=False) as reply,
+            ):
+                if reply.status != 200:
+                    raise Unavailable(f"{url}: HTTP {reply.status}")
+                body = bytearray()
+                async for part in reply.content.iter_any():
+                    body += part
+                    if len(body) > _ANSWER_MAX_BYTES:
+                        raise Unavailable(f"{url}: more than {_ANSWER_MAX_BYTES} bytes")
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: no host name
             raise Unavailable(f"{url}: {error}") from error
-        if reply.status != 200:
-            raise Unavailable(f"{url}: HTTP {reply.status}")
-        return body
+        return bytes(body)
 
 
 def _address(item: KeyValue | Put) -> str:
-    """ "" for a value that another version wrote differently."""
+    """ "" for a value that another version wrote differently, or that is no host and port."""
     try:
-        return str(orjson.loads(item.value)["metrics"])
+        address = str(orjson.loads(item.value)["metrics"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return ""
+    return address if _HOST_AND_PORT.fullmatch(address) else ""

@@ -15,15 +15,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import islice
 from time import monotonic
 from typing import Final
 
 from mesh.core.errors import MeshError, ResourceExhausted, Unavailable
 from mesh.core.policy import Policy
 from mesh.core.view import ClusterView
+from mesh.internal_calls import load_timeout_ms
 from router.journey import Journey
 
 FULL_RETRY_MS: Final = 1_000
+# Calls that one look sends on their way: each may cost a placement, up to half a millisecond. Those
+# that were parked first go first; the others go at the next look.
+LOOK_SLICE: Final = 64
 
 
 class WaitingRoom:
@@ -61,7 +66,8 @@ class WaitingRoom:
                 retry_after_ms=FULL_RETRY_MS,
             )
         call = journey.call
-        waits_ms = policy.load_timeout_ms + policy.queue_timeout_ms
+        model = self._view.models.get(journey.model_id)
+        waits_ms = load_timeout_ms(model, policy)
         if call.deadline_s == math.inf and now_s - call.started_s > waits_ms / 1_000:
             return Unavailable(
                 f"model {call.model_name!r} could not be reached within {waits_ms} ms: try again",
@@ -77,7 +83,8 @@ class WaitingRoom:
 
     def look(self, now_s: float) -> None:
         """Send those on their way that have rested; to be called every 100 ms or so."""
-        for journey in [j for j in self._parked if j.parked_until_s <= now_s]:
+        due = (journey for journey in self._parked if journey.parked_until_s <= now_s)
+        for journey in tuple(islice(due, LOOK_SLICE)):
             self._go_on(journey)
 
     def wake(self, instance_id: str) -> None:

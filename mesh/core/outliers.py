@@ -147,8 +147,9 @@ class Outliers:
 
     def forget(self, instance_id: str) -> None:
         """The instance is gone for good."""
-        if self.standings.pop(instance_id, None) is not None:
-            self._over.discard(instance_id)
+        self.standings.pop(instance_id, None)
+        self._over.discard(instance_id)
+        if instance_id in self.passed_over:
             self._changed()
 
     # ---- coming back --------------------------------------------------------------------------

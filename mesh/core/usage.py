@@ -8,11 +8,19 @@ and of different processes compare at any time, and a score only grows. 0.0 is "
 The eviction order inside an instance ages by turnovers of its cache, not by the clock
 (``mesh.core.eviction_frequency``): a score that comes with a load is turned into uses a second
 (``uses_per_s``), which it merges with its own memory of the model, whichever says more.
+
+A score means something only with the half-life that it was made with, and may come from a process
+that has another one, or from one that is wrong: what cannot be (``PLAUSIBLE``) counts as unknown.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Final
+
+# More uses than that at one instant, as a power of two, nobody makes; fewer are none.
+PLAUSIBLE: Final = 40.0
+NEGLIGIBLE: Final = -60.0
 
 
 class Use:
@@ -37,16 +45,18 @@ def score_after(score: float, uses: int, at_ms: int, half_life_ms: int) -> float
     if uses <= 0:
         return score
     gain = math.log2(uses) + at_ms / half_life_ms
-    if score <= 0.0:
+    if not 0.0 < score <= at_ms / half_life_ms + PLAUSIBLE:
         return gain
     high, low = (score, gain) if score > gain else (gain, score)
     return high + math.log2(1.0 + 2.0 ** (low - high))
 
 
 def uses_left(score: float, now_ms: int, half_life_ms: int) -> float:
-    """The number of uses just now that would be worth as much: what people can read."""
+    """The number of uses just now that would be worth as much: what people can read. 0.0 for a
+    score that cannot be: one of another half-life, for example."""
     exponent = score - now_ms / half_life_ms
-    return 0.0 if score <= 0.0 or exponent < -60.0 else 2.0**exponent
+    known = score > 0.0 and NEGLIGIBLE <= exponent <= PLAUSIBLE  # NaN is neither
+    return 2.0**exponent if known else 0.0
 
 
 def uses_per_s(score: float, now_ms: int, half_life_ms: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import orjson
@@ -28,6 +29,8 @@ INFERENCE: Final = "/inference.GRPCInferenceService/"
 # Decisions that are told when the request names no number, and at most.
 DECISIONS_DEFAULT: Final = 100
 DECISIONS_MAX: Final = 10_000
+# Characters of a reason that a caller gives: it is logged and kept.
+REASON_MAX: Final = 200
 
 
 class InternalMethods:
@@ -54,8 +57,8 @@ class InternalMethods:
                 priority_of(request),
                 request.model_record,
                 request.pin,
-                request.use_score,
-                request.reason,
+                request.use_score if math.isfinite(request.use_score) else 0.0,
+                request.reason[:REASON_MAX],
             )
         )
         return internal_pb2.LoadResponse(
@@ -69,7 +72,7 @@ class InternalMethods:
 
     async def _unload(self, message: bytes) -> Message:
         request = parse(internal_pb2.UnloadRequest, message)
-        was_here = await self._pod.unload(_named(request.model_id), request.reason)
+        was_here = await self._pod.unload(_named(request.model_id), request.reason[:REASON_MAX])
         return internal_pb2.UnloadResponse(was_here=was_here)
 
     def _describe(self, _: ServerCall, message: bytes) -> Message:

@@ -97,7 +97,10 @@ class Membership:
     async def leave(self) -> None:
         """Take the record and the copies away at once instead of letting the lease run out."""
         lease, self._lease = self._lease, None
-        self.flush_last_used()
+        try:
+            self.flush_last_used()
+        except Exception:
+            log.exception("last uses are not told: a defect; the lease is given back all the same")
         with contextlib.suppress(MeshError):
             await self._publisher.flush()
         if lease is not None:
@@ -108,16 +111,22 @@ class Membership:
 
     async def _advertise(self) -> None:
         while True:
-            self.advertise()
-            self._pod.tick()
-            if self._pod.claims.unconfirmed and self._publisher.connected:
-                await self._pod.confirm()
-            now_ms = self._clock.now_ms()
-            if now_ms - self._flushed_at_ms >= self._pod.policy.last_used_flush_ms:
-                self.flush_last_used()
+            try:
+                await self._upkeep()
+            except Exception:  # its copies serve: what goes wrong here must not take them along
+                log.exception("upkeep: a defect; going on")
             if not self.joined.is_set() and self._publisher.connected:
                 self.joined.set()
             await asyncio.sleep(TICK_S if self.joined.is_set() else 0.02)
+
+    async def _upkeep(self) -> None:
+        self.advertise()
+        self._pod.tick()
+        if self._pod.claims.unconfirmed and self._publisher.connected:
+            await self._pod.confirm()
+        now_ms = self._clock.now_ms()
+        if now_ms - self._flushed_at_ms >= self._pod.policy.last_used_flush_ms:
+            self.flush_last_used()
 
     def advertise(self) -> None:
         """Publish the record if something notable has changed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import orjson
 import pytest
@@ -297,3 +298,16 @@ def test_live_settings_survive_also_those_of_a_newer_version() -> None:
 def test_bad_last_uses_are_named(value: bytes) -> None:
     with pytest.raises(RecordError, match="lastused/i"):
         decode_uses("i", value)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, -1.0, 1e300])
+def test_a_score_that_cannot_be_is_left_out_of_the_blob(score: float) -> None:
+    blob = encode_last_used({"m": 5}, {"m": score, "n": 2.5})
+    told = decode_uses("i", blob)
+    assert (told.last_used_at_ms, told.scores) == ({"m": 5}, {"n": 2.5})
+
+
+def test_a_negative_size_is_no_record() -> None:
+    value = b'{"version":1,"model_type":"onnx","size_bytes_stated":-1000000}'
+    with pytest.raises(RecordError, match="size_bytes_stated"):
+        decode("models/m", value)

@@ -278,7 +278,8 @@ class World:
         self.watch()
 
     def speaks(self, instance_id: str) -> None:
-        self.peers.upstream(instance_id).silent_since_s = 0.0
+        upstream = self.peers.upstream(instance_id)
+        upstream.silent_since_s, upstream.heard_s = 0.0, 3.0
         self.watch()
 
 

@@ -371,3 +371,44 @@ async def test_a_call_that_was_retried_is_one_use(world) -> None:
     call.finish()
     expected = score_after(0.0, 1, world.now_ms, world.policy.use_half_life_ms)
     assert world.dispatcher.use_score("m") == pytest.approx(expected)
+
+
+# ---- what is remembered of instances -------------------------------------------------------------
+
+
+def test_what_was_heard_before_the_silence_brings_no_instance_back(world) -> None:
+    """Its silent connection has been closed, the other one says nothing new."""
+    two_copies(world)
+    world.call("m")
+    world.peers.channel("a")
+    world.silent("a")
+    assert world.peers.avoided() == {"a"}
+    upstream = world.peers.upstream("a")
+    upstream.silent_since_s, upstream.heard_s, upstream.listens = 0.0, 0.0, False
+    world.peers.channel("a").peer.heard_s = 0.5
+    world.peers.watch(world.peers._clock() + 30)
+    assert ("readmit", "answered", "a") not in decisions(world)
+
+
+async def test_an_instance_with_few_failures_is_forgotten_when_it_has_left(world) -> None:
+    two_copies(world)
+    call = world.call("m")
+    failed_on = call.forwards[0][0]
+    fail(world, call, Failure.LOST)
+    assert world.peers.outliers.standings
+    world.view.delete_instance(failed_on)
+    world.peers.watch(world.peers._clock() + 30)
+    assert not world.peers.outliers.standings
+
+
+@pytest.mark.parametrize("failure", [Failure.NOT_HERE, Failure.DRAINING])
+async def test_a_refusal_ends_a_row_of_failures(world, failure) -> None:
+    two_copies(world)
+    first = world.call("m")
+    instance_id = first.forwards[0][0]
+    fail(world, first, Failure.LOST)
+    world.view.delete_instance("b" if instance_id == "a" else "a")
+    second = world.call("m")
+    assert second.forwards[0][0] == instance_id
+    fail(world, second, failure)
+    assert not world.peers.outliers.standings
