@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
 
-from mesh.core.errors import Unavailable
+from mesh.core.errors import MeshError, Unavailable
+from mesh.wire.client import Channel, RpcError
 
 
 class ModelLost(Unavailable):
@@ -36,13 +37,45 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmUp:
+    """One request that is run before a model counts as loaded. ``inputs``: zeros of these shapes
+    (every axis given) unless the runtime knows better; ``count`` times."""
+
+    inputs: tuple[TensorSpec, ...]
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """What the model's own ``config.pbtxt`` or ``model-settings.json`` says of it.
+
+    Everything is optional: None and empty where the file is silent or not there. Datatypes are
+    OIP's. ``inputs`` and ``outputs`` have full shapes: the batch axis (-1) is their first where
+    ``max_batch_size`` is above 0.
+    """
+
+    source: str = ""  # name of the file that says it, for messages
+    format: str = ""  # one of our formats, from platform, backend or implementation
+    file: str = ""  # name of the model's file or folder inside its version
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    max_batch_size: int | None = None  # rows; 0: never batch
+    max_latency_us: int | None = None  # a request may wait so long for others
+    threads: int | None = None  # of one inference
+    warm_up: tuple[WarmUp, ...] = ()
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What a runtime needs to load a model: the artifact as it lies on disk, and its type."""
+    """What a runtime needs to load one version of a model: its files as they lie on disk, its
+    format, and what it says of itself."""
 
     model_id: str
     model_type: str
     path: Path  # a file or a folder
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    options: ModelOptions = ModelOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +130,80 @@ class LoadedModel(Protocol):
         ...
 
 
+class RemoteModel(Protocol):
+    """A model in another process. Requests go there unread, through ``channel``, from the event
+    loop; the copy's id (``mm-model-id``) and the client's metadata go along.
+
+    All methods but ``unload`` are called in the event loop and must not block.
+    """
+
+    @property
+    def metadata(self) -> ModelMetadata | None:
+        """None: the process is asked itself (ModelMetadata is carried there like any call)."""
+        ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def channel(self) -> Channel: ...
+
+    @property
+    def max_concurrency(self) -> int:
+        """Requests at once that it takes; 0: it does not say."""
+        ...
+
+    def admit(self, path: str) -> MeshError | None:
+        """Why a call of this method (``/pkg.Service/Method``) is refused, or None."""
+        ...
+
+    def request(self, path: str, message: bytes) -> bytes:
+        """The message as the process wants it (the model's id put in). Raises MeshError."""
+        ...
+
+    def reply(self, path: str, message: bytes, client_name: str) -> bytes:
+        """The answer as the client wants it: under the name that it used."""
+        ...
+
+    def error(self, path: str, error: RpcError) -> MeshError:
+        """What a failed call means: ``ModelLost`` when the model is not there any more, a crash
+        with its cause, or the model's own error as it came."""
+        ...
+
+    def unload(self) -> None:
+        """As ``LoadedModel.unload``; in a worker thread."""
+        ...
+
+
+class VersionedModel:
+    """Several versions of one model, loaded together; ``latest`` answers when none is named.
+
+    ``versions`` are by name, the latest first. Not itself asked to infer: the serving pod keeps a
+    servable for each version.
+    """
+
+    __slots__ = ("latest", "versions")
+
+    def __init__(self, versions: Mapping[str, LoadedModel]) -> None:
+        self.versions = dict(versions)
+        self.latest = next(iter(self.versions.values()))
+
+    @property
+    def metadata(self) -> ModelMetadata:
+        return self.latest.metadata
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(model.size_bytes for model in self.versions.values())
+
+    def unload(self) -> None:
+        for model in self.versions.values():
+            model.unload()
+
+
+AnyModel = LoadedModel | RemoteModel | VersionedModel
+
+
 class Runtime(Protocol):
     """One family of formats. Methods run in a worker thread, never in the event loop."""
 
@@ -109,6 +216,6 @@ class Runtime(Protocol):
         """Near instant, conservative, from the files on disk alone."""
         ...
 
-    def load(self, spec: ModelSpec) -> LoadedModel:
+    def load(self, spec: ModelSpec) -> AnyModel:
         """Raises ``LoadFailed`` with FAILED_PRECONDITION when the artifact is at fault."""
         ...

@@ -1,41 +1,57 @@
-"""Which runtime executes which model format.
+"""Which runtime executes which model format, in this process or in a worker.
 
-Owns the list of formats and of the extra that brings each framework. A runtime is made when its
-first model comes, so a framework that nobody uses is never imported. An unknown format or a
-missing framework is a ``LoadFailed`` that says what to install. Safe for concurrent use.
+Owns the list of formats, of the extra that brings each framework, and of what runs isolated. A
+runtime is made when its first model comes, so a framework that nobody uses is never imported. An
+unknown format or a missing framework is a ``LoadFailed`` that says what to install. Safe for
+concurrent use.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
 from mesh.core.errors import LoadFailed
+from mesh.formats import ALIASES, DETECTED
 from mesh.runtimes.api import Runtime
 from mesh.runtimes.native_memory import NativeHeap
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSettings:
-    """``allow_pickle``: joblib and pickle files run code when loaded; only the operator may say
-    that they may (``--allow-pickle``, ``MESH_ALLOW_PICKLE``). ``trusted_types``: types that a
-    skops file may hold beside those that skops trusts itself."""
+    """What an operator says of the runtimes of one process.
+
+    ``allow_pickle``: joblib and pickle files run code when loaded; ``allow_python``: so does a
+    ``model.py``. Only the operator may say that they may (a flag, or a ServingRuntime that lists
+    the format). ``trusted_types``: types that a skops file may hold beside those that skops trusts
+    itself. ``isolation``: format to whether it runs in worker processes, where that differs from
+    the format's default. ``device``: ``cpu``, ``cuda``, ``cuda:1`` ... for those that have it.
+    """
 
     intra_op_threads: int = 1
     allow_pickle: bool = False
+    allow_python: bool = False
     trusted_types: tuple[str, ...] = ()
+    isolation: Mapping[str, bool] = field(default_factory=dict)
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSource:
-    """How to make a runtime. ``extra`` of this package brings the ``modules`` that it imports."""
+    """How to make a runtime. ``extra`` of this package brings the ``modules`` that it imports.
+
+    ``isolated(path)`` tells whether a version's files run in a worker process unless the operator
+    says otherwise; it looks at names, and imports nothing.
+    """
 
     make: Callable[[RuntimeSettings, NativeHeap], Runtime]
     modules: tuple[str, ...]
     extra: str | None = None
+    isolated: Callable[[Path], bool] = lambda path: False
 
 
 def _onnx(settings: RuntimeSettings, heap: NativeHeap) -> Runtime:
@@ -52,44 +68,123 @@ def _sklearn(settings: RuntimeSettings, heap: NativeHeap) -> Runtime:
     )
 
 
+def _xgboost(settings: RuntimeSettings, heap: NativeHeap) -> Runtime:
+    from mesh.runtimes.xgboost import XgboostRuntime
+
+    return XgboostRuntime(settings, heap)
+
+
+def _lightgbm(settings: RuntimeSettings, heap: NativeHeap) -> Runtime:
+    from mesh.runtimes.lightgbm import LightgbmRuntime
+
+    return LightgbmRuntime(settings, heap)
+
+
+def _pytorch(settings: RuntimeSettings, heap: NativeHeap) -> Runtime:
+    from mesh.runtimes.pytorch import PytorchRuntime
+
+    return PytorchRuntime(settings, heap)
+
+
+def _tensorflow(settings: RuntimeSettings, heap: NativeHeap) -> Runtime:
+    from mesh.runtimes.tensorflow import TensorflowRuntime
+
+    return TensorflowRuntime(settings, heap)
+
+
+def _tflite(settings: RuntimeSettings, heap: NativeHeap) -> Runtime:
+    from mesh.runtimes.tflite import TfliteRuntime
+
+    return TfliteRuntime(settings, heap)
+
+
+def _python(settings: RuntimeSettings, heap: NativeHeap) -> Runtime:
+    from mesh.runtimes.python import PythonRuntime
+
+    return PythonRuntime(settings, heap)
+
+
+def _always(path: Path) -> bool:
+    return True
+
+
+def _pickled(path: Path) -> bool:
+    from mesh.runtimes.sklearn import PICKLE_SUFFIXES, SKOPS_SUFFIX
+
+    if path.is_file():
+        return path.suffix in PICKLE_SUFFIXES
+    names = [entry.suffix for entry in path.iterdir()]
+    return SKOPS_SUFFIX not in names and any(suffix in PICKLE_SUFFIXES for suffix in names)
+
+
 SOURCES: Final[Mapping[str, RuntimeSource]] = {
     "onnx": RuntimeSource(_onnx, ("onnxruntime",)),
-    "sklearn": RuntimeSource(_sklearn, ("sklearn", "skops", "joblib"), extra="sklearn"),
+    "sklearn": RuntimeSource(_sklearn, ("sklearn", "skops", "joblib"), "sklearn", _pickled),
+    "xgboost": RuntimeSource(_xgboost, ("xgboost",), "xgboost"),
+    "lightgbm": RuntimeSource(_lightgbm, ("lightgbm",), "lightgbm"),
+    "pytorch": RuntimeSource(_pytorch, ("torch",), "pytorch"),
+    # Its memory does not come back in its process; a worker's end gives it back.
+    "tensorflow": RuntimeSource(_tensorflow, ("tensorflow",), "tensorflow", _always),
+    "tflite": RuntimeSource(_tflite, ("ai_edge_litert",), "tflite"),
+    "python": RuntimeSource(_python, (), None, _always),
 }
 
 
 class RuntimeRegistry:
-    """Model type to runtime; one runtime object for each."""
+    """Model type to runtime; one runtime object for each format.
+
+    ``isolated`` runs what is to run in worker processes; without one everything runs here.
+    """
 
     def __init__(
         self,
         settings: RuntimeSettings | None = None,
         sources: Mapping[str, RuntimeSource] = SOURCES,
+        *,
+        isolated: Runtime | None = None,
     ) -> None:
-        self._settings = settings or RuntimeSettings()
+        from mesh.runtimes.artifact import ArtifactRuntime
+
+        self.settings = settings or RuntimeSettings()
         self._sources = sources
         self._heap = NativeHeap()
         self._made: dict[str, Runtime] = {}
         self._lock = threading.Lock()
+        self._artifacts = ArtifactRuntime(self, isolated)
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        return tuple(self._sources)
+        aliases = (alias for alias, name in ALIASES.items() if name in self._sources)
+        return (*self._sources, *aliases, *DETECTED)
 
     def runtime_for(self, model_type: str) -> Runtime:
-        """Call it in a worker thread: the first call for a type may import a framework."""
-        source = self._sources.get(model_type)
+        """What loads artifacts of this type. An unknown one is refused by the load."""
+        return self._artifacts
+
+    def format_runtime(self, name: str) -> Runtime:
+        """What loads one version of this format in this process. Call it in a worker thread: the
+        first call for a format may import a framework."""
+        source = self._source(name)
+        with self._lock:
+            runtime = self._made.get(name)
+            if runtime is None:
+                _require(name, source)
+                runtime = self._made[name] = source.make(self.settings, self._heap)
+        return runtime
+
+    def runs_isolated(self, name: str, path: Path) -> bool:
+        """Whether one version's files of this format run in a worker process."""
+        said = self.settings.isolation.get(name)
+        return self._source(name).isolated(path) if said is None else said
+
+    def _source(self, name: str) -> RuntimeSource:
+        source = self._sources.get(name)
         if source is None:
             known = ", ".join(sorted(self._sources))
             raise LoadFailed(
-                f"no runtime here executes the model format {model_type!r}; known are {known}"
+                f"no runtime here executes the model format {name!r}; known are {known}"
             )
-        with self._lock:
-            runtime = self._made.get(model_type)
-            if runtime is None:
-                _require(model_type, source)
-                runtime = self._made[model_type] = source.make(self._settings, self._heap)
-        return runtime
+        return source
 
 
 def _require(model_type: str, source: RuntimeSource) -> None:

@@ -9,23 +9,28 @@ from pathlib import Path
 import pytest
 
 from mesh.core.errors import Code, LoadFailed
-from mesh.runtimes.registry import RuntimeRegistry, RuntimeSettings, RuntimeSource
+from mesh.runtimes.registry import SOURCES, RuntimeRegistry, RuntimeSettings, RuntimeSource
 
 from .models import matmul, spec
 
 
-def test_known_formats() -> None:
+def test_each_format_has_one_runtime_that_answers_to_its_name() -> None:
     registry = RuntimeRegistry()
-    assert set(registry.model_types) == {"onnx", "sklearn"}
-    for model_type in registry.model_types:
-        runtime = registry.runtime_for(model_type)
-        assert model_type in runtime.model_types
-        assert registry.runtime_for(model_type) is runtime
+    for name in SOURCES:
+        runtime = registry.format_runtime(name)
+        assert name in runtime.model_types
+        assert registry.format_runtime(name) is runtime
+
+
+def test_other_names_of_formats_are_known_too() -> None:
+    known = RuntimeRegistry().model_types
+    assert {"onnx", "sklearn", "keras", "litert", "triton", "mlserver", "auto"} <= set(known)
 
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
-    with pytest.raises(LoadFailed, match=r"'tensorflow'; known are onnx, sklearn") as caught:
-        RuntimeRegistry().runtime_for("tensorflow")
+    registry = RuntimeRegistry(sources={"onnx": SOURCES["onnx"], "sklearn": SOURCES["sklearn"]})
+    with pytest.raises(LoadFailed, match=r"'pmml'; known are onnx, sklearn") as caught:
+        registry.format_runtime("pmml")
     assert caught.value.code is Code.FAILED_PRECONDITION
 
 
@@ -33,7 +38,7 @@ def test_a_missing_framework_names_the_extra() -> None:
     source = RuntimeSource(lambda settings, heap: None, ("surely_not_here",), extra="surely")
     registry = RuntimeRegistry(sources={"f": source})
     with pytest.raises(LoadFailed, match=r"surely_not_here.*pip install 'modelmesh-py\[surely\]'"):
-        registry.runtime_for("f")
+        registry.format_runtime("f")
 
 
 def test_settings_reach_the_runtime(tmp_path: Path) -> None:
