@@ -28,6 +28,7 @@ from bench.models import check_reply, request_for, small_model
 from bench.payload import INFER_PATH, framed, infer_message
 from mesh.core.policy import Policy
 from mesh.core.usage import Use
+from mesh.instance.carrier import Carrier
 from mesh.instance.clock import Clock
 from mesh.instance.executor import Executor
 from mesh.instance.inference import Inference
@@ -110,7 +111,11 @@ class InstancePath:
             Policy(), 1, InstanceMetrics(), Clock().offset_ms,
             on_idle=lambda model_id: None, idle_wanted=lambda: False,
         )  # fmt: skip
-        inference = Inference({MODEL: self.servable}, self.executor)
+        carrier = Carrier(
+            Policy(), InstanceMetrics(), Clock().offset_ms, on_idle=lambda model_id: None,
+            idle_wanted=lambda: False, on_lost=lambda model_id: None,
+        )  # fmt: skip
+        inference = Inference({MODEL: self.servable}, self.executor, carrier)
         methods = {INFER_PATH: Unary(inference.model_infer, inference.accept)}
         server = Server(methods, limits=INSIDE)
         self.clients = [_Client(server, inside=True) for _ in range(CONNECTIONS)]

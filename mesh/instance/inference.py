@@ -10,12 +10,14 @@ import asyncio
 from collections.abc import Mapping
 from typing import Final
 
-from mesh.core.errors import InvalidArgument, MeshError, Unavailable
+from mesh.core.errors import InvalidArgument, MeshError, Unavailable, Unimplemented
+from mesh.instance.carrier import INFERENCE_SERVICE, Carrier
 from mesh.instance.executor import NOT_HERE, Executor
 from mesh.instance.forms import GrpcForm, TwoModels
 from mesh.instance.rest import RestForm
 from mesh.instance.servable import Servable
-from mesh.oip.protobuf_fields import varint
+from mesh.internal_calls import REST_PATH
+from mesh.oip.protobuf_fields import top_level_fields, varint
 from mesh.runtimes.api import ModelLost
 from mesh.wire.head import RequestHead
 from mesh.wire.messages import Metadata
@@ -27,6 +29,11 @@ DRAINING: Final = (("mesh-error", "draining"),)
 # The router's last field, when it routed by a name before it had seen the whole message.
 PEEKED_NAME: Final = b"mesh-peeked-name"
 
+MODEL_INFER: Final = INFERENCE_SERVICE + "ModelInfer"
+MODEL_STREAM_INFER: Final = INFERENCE_SERVICE + "ModelStreamInfer"
+# Inputs are bounded lower than that (mesh.oip.call).
+_FIELDS_MAX: Final = 4_096
+
 # Forms are shared by equal requests; names come from clients, so there is a bound.
 _MAX_FORMS: Final = 4_096
 
@@ -34,9 +41,12 @@ _MAX_FORMS: Final = 4_096
 class Inference:
     """``draining`` refuses everything that names a model."""
 
-    def __init__(self, servables: Mapping[str, Servable], executor: Executor) -> None:
+    def __init__(
+        self, servables: Mapping[str, Servable], executor: Executor, carrier: Carrier
+    ) -> None:
         self._servables = servables
         self._executor = executor
+        self._carrier = carrier
         self._forms: dict[tuple[str, str], GrpcForm] = {}
         self.draining = False
 
@@ -58,6 +68,9 @@ class Inference:
             error, trailers = not_here(head.model_id)
             call.fail(error, trailers=trailers)
             return
+        if servable.special:
+            self._special(servable, call, message)
+            return
         name = head.vmodel_id or head.model_id
         if head.fields[-1][0] == PEEKED_NAME:
             form = self._form(name, peeked_name(head))
@@ -73,7 +86,22 @@ class Inference:
             error, trailers = not_here(name)
             call.fail(error, trailers=trailers)
             return
+        if servable.special:
+            self._special(servable, call, message, routed_name=name)
+            return
         self._executor.submit(servable, self._form(name, name), call, message, "ModelInfer")
+
+    def _special(
+        self, servable: Servable, call: ServerCall, message: bytes, routed_name: str = ""
+    ) -> None:
+        """A model in another process, or one of several versions."""
+        if servable.remote is not None:
+            self._carrier.unary(servable, call, message, MODEL_INFER)
+            return
+        name = call.head.vmodel_id or servable.model_id
+        form = self._form(routed_name or name, routed_name or peeked_name(call.head))
+        one = servable.of_version(model_version_of(message))
+        self._executor.submit(one, form, call, message, "ModelInfer")
 
     def rest(self, call: ServerCall, message: bytes) -> None:
         model_id = call.head.model_id
@@ -84,9 +112,13 @@ class Inference:
             error, trailers = not_here(model_id)
             call.fail(error, trailers=trailers)
             return
+        if servable.remote is not None:
+            self._carrier.unary(servable, call, message, REST_PATH)
+            return
         form = RestForm(call.head, model_id)
         method = "Rest" if form.kind == "v2-infer" else "predict"
-        self._executor.submit(servable, form, call, message, method)
+        one = servable.of_version(form.model_version)
+        self._executor.submit(one, form, call, message, method)
 
     def _form(self, fallback_name: str, routed_name: str) -> GrpcForm:
         form = self._forms.get((fallback_name, routed_name))
@@ -97,6 +129,24 @@ class Inference:
         return form
 
     # ---- streams ----
+
+    async def any_method(self, call: StreamCall) -> None:
+        """A method that is not of this server, for a model in another process: messages both
+        ways, whatever they are."""
+        head = call.head
+        if head.model_id is None:
+            raise InvalidArgument(f"{head.path} is not a method of this server")
+        servable = self._servables.get(head.model_id)
+        if servable is None:
+            error, trailers = not_here(head.model_id)
+            call.fail(error, trailers=trailers)
+            return
+        if servable.remote is None:
+            raise Unimplemented(
+                f"{head.path} is not known here, and model {servable.model_id!r} runs in this "
+                "server; only a runtime of its own has methods of its own"
+            )
+        await self._carrier.stream(servable, call, head.path)
 
     async def model_stream_infer(self, call: StreamCall) -> None:
         """One answer for each message, in order. What is wrong with one message is told in its
@@ -118,11 +168,15 @@ class Inference:
                 error, trailers = not_here(model_id) if servable is None else draining()
                 call.fail(error, trailers=trailers)
                 return
+            if servable.remote is not None:
+                await self._carrier.stream(servable, call, MODEL_STREAM_INFER, first=message)
+                return
             fallback = head.vmodel_id or model_id
             form = self._form(fallback, name)  # its decoder sees a second name in the message
             sink = _StreamSink(call.deadline_s)
             call.on_cancel = sink.cancel
-            self._executor.submit(servable, form, sink, message, "ModelStreamInfer")
+            one = servable.of_version(model_version_of(message)) if servable.versions else servable
+            self._executor.submit(one, form, sink, message, "ModelStreamInfer")
             try:
                 answer = await sink.answer
             except ModelLost as error:
@@ -171,6 +225,18 @@ def peeked_name(head: RequestHead) -> str:
     """The name by which a router routed without having seen the whole first message, else ""."""
     name, value = head.fields[-1]
     return value.decode("utf-8", "replace") if name == PEEKED_NAME else ""
+
+
+def model_version_of(message: bytes) -> str:
+    """``model_version`` of a serialised ModelInferRequest: field 2; the last one counts."""
+    fields = top_level_fields(message, limit=_FIELDS_MAX)
+    if fields is None:  # in a form that no serialiser writes: the decoder says what is wrong
+        return ""
+    found = [(start, end) for number, start, end in fields if number == 2]
+    if not found:
+        return ""
+    start, end = found[-1]
+    return message[start:end].decode("utf-8", "replace")
 
 
 def model_name_of(message: bytes) -> str:

@@ -17,6 +17,7 @@ from mesh.core.live_config import POLICY
 from mesh.core.policy import Policy
 from mesh.core.types import InstanceRecord, InstanceState
 from mesh.decision_log import DecisionLog
+from mesh.instance.carrier import Carrier
 from mesh.instance.clock import Clock
 from mesh.instance.drainer import Drainer
 from mesh.instance.executor import Executor
@@ -33,7 +34,7 @@ from mesh.instance.settings import InstanceSettings
 from mesh.live_policy import LivePolicy
 from mesh.metrics import InstanceMetrics
 from mesh.store.api import KVStore
-from mesh.wire.server import Server
+from mesh.wire.server import Server, Streaming
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +92,25 @@ class Instance:
             idle_wanted=self.pod.idle_wanted,
             on_lost=self.pod.lost,
         )
-        self.inference = Inference(self.pod.servables, self.executor)
+        self.carrier = Carrier(
+            settings.policy,
+            self.metrics,
+            self.clock.offset_ms,
+            on_idle=self.pod.became_idle,
+            idle_wanted=self.pod.idle_wanted,
+            on_lost=self.pod.lost,
+        )
+        self.inference = Inference(self.pod.servables, self.executor, self.carrier)
         self.info = ModelInfo(
-            self.pod.servables, settings.software_version, lambda: not self.not_ready()
+            self.pod.servables,
+            settings.software_version,
+            lambda: not self.not_ready(),
+            self.carrier,
         )
         self.server = Server(
-            instance_methods(self.pod, self.inference, self.info), limits=settings.limits
+            instance_methods(self.pod, self.inference, self.info),
+            limits=settings.limits,
+            otherwise=Streaming(self.inference.any_method, self.inference.accept),
         )
         self.health = HealthListener(self.metrics, self.not_ready)
         self.membership = Membership(self.pod, store, self.publisher, self.clock, self.record)
@@ -146,6 +160,7 @@ class Instance:
         config = CacheConfig.from_policy(policy, self.settings.capacity_bytes)
         self.pod.use_policy(policy, config)
         self.executor.use_policy(policy)
+        self.carrier.use_policy(policy)
         self.scaler.use_policy(policy)
         self.decisions.use_policy(policy)
 
@@ -231,7 +246,8 @@ class Instance:
 
     def _requests_per_minute(self) -> int:
         since_ms, count, rate = self._rate
-        now_ms, requests = self.clock.now_ms(), self.executor.requests
+        now_ms = self.clock.now_ms()
+        requests = self.executor.requests + self.carrier.requests
         if now_ms - since_ms >= RATE_WINDOW_MS:
             rate = round((requests - count) * 60_000 / (now_ms - since_ms))
             self._rate = (now_ms, requests, rate)
@@ -243,8 +259,8 @@ class Instance:
         metrics.gauge_source("used_bytes", lambda: cache.used_bytes)
         metrics.gauge_source("models_total", lambda: len(self.pod.servables))
         metrics.gauge_source("loading", lambda: cache.loading_count)
-        metrics.gauge_source("queued", lambda: self.executor.queued)
-        metrics.gauge_source("inflight", lambda: self.executor.busy)
+        metrics.gauge_source("queued", lambda: self.executor.queued + self.carrier.queued)
+        metrics.gauge_source("inflight", lambda: self.executor.busy + self.carrier.busy)
         metrics.gauge_source("connections", lambda: self.server.connections)
         metrics.gauge_source("store_connected", lambda: float(self.publisher.connected))
         metrics.gauge_source("lru_seconds", lambda: cache.oldest_use_at_ms() / 1_000 or None)

@@ -30,7 +30,7 @@ from mesh.core.errors import Code, LoadFailed, MeshError
 from mesh.core.types import ModelRecord
 from mesh.instance.threads import in_thread
 from mesh.metrics import InstanceMetrics
-from mesh.runtimes.api import LoadedModel, ModelSpec, Runtime
+from mesh.runtimes.api import AnyModel, ModelSpec, Runtime
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Loader:
         self._metrics = metrics
         self._report = report
         self.jobs: dict[str, LoadJob] = {}
-        self.models: dict[str, LoadedModel] = {}  # in memory, until their unload has ended
+        self.models: dict[str, AnyModel] = {}  # in memory, until their unload has ended
         self.load_ms: dict[str, float] = {}  # of the copies in ``models``
         self._unloads: set[asyncio.Task[None]] = set()
 
@@ -162,7 +162,7 @@ class Loader:
     async def _load(self, job: LoadJob) -> None:
         model_id = job.record.model_id
 
-        def load() -> tuple[LoadedModel, int, float]:
+        def load() -> tuple[AnyModel, int, float]:
             model = self._runtimes.runtime_for(job.record.model_type).load(_spec(job))
             loaded_ns = perf_counter_ns()
             size_bytes = max(1, model.size_bytes)
@@ -216,7 +216,7 @@ class Loader:
         self._unloads.add(task)
         task.add_done_callback(self._unloads.discard)
 
-    async def _unload(self, model_id: str, model: LoadedModel) -> None:
+    async def _unload(self, model_id: str, model: AnyModel) -> None:
         started_ns = perf_counter_ns()
         try:
             await in_thread(f"unload {model_id}", model.unload)
@@ -231,7 +231,14 @@ class Loader:
 
 def _spec(job: LoadJob) -> ModelSpec:
     assert job.artifact is not None
-    return ModelSpec(job.record.model_id, job.record.model_type, job.artifact.path)
+    record = job.record
+    return ModelSpec(
+        record.model_id,
+        record.model_type,
+        job.artifact.path,
+        # What ModelMesh's runtimes are told of a model.
+        parameters={"path": record.path, "key": record.key},
+    )
 
 
 def as_load_failure(model_id: str, error: Exception) -> MeshError:

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from mesh.core.errors import InvalidArgument, MeshError, NotFound
+from mesh.instance.carrier import INFERENCE_SERVICE, Carrier
 from mesh.instance.executor import NOT_HERE
 from mesh.instance.forms import two_models
 from mesh.instance.inference import not_here, peeked_name
@@ -77,22 +78,41 @@ class ModelInfo:
         servables: Mapping[str, Servable],
         software_version: str,
         is_ready: Callable[[], bool],
+        carrier: Carrier,
     ) -> None:
         self._servables = servables
+        self._carrier = carrier
         self._version = software_version
         self._is_ready = is_ready
 
     def methods(self) -> dict[str, Method]:
-        service = "/inference.GRPCInferenceService/"
+        service = INFERENCE_SERVICE
         return {
             service + "ServerLive": quick(lambda *_: oip_pb2.ServerLiveResponse(live=True)),
             service + "ServerReady": quick(self._server_ready),
             service + "ServerMetadata": quick(self._server_metadata),
             service + "ModelReady": quick(self._model_ready),
-            service + "ModelMetadata": quick(self._model_metadata),
-            service + "ModelConfig": quick(self._model_config),
+            service + "ModelMetadata": self._asked(service + "ModelMetadata", self._model_metadata),
+            service + "ModelConfig": self._asked(service + "ModelConfig", self._model_config),
             service + "ModelStatistics": quick(self._model_statistics),
         }
+
+    def _asked(self, path: str, handler: Callable[[ServerCall, bytes], Message]) -> Unary:
+        """A method that a model's own process answers where nobody else knows."""
+        answered_here = quick(handler).handler
+
+        def answer(call: ServerCall, message: bytes) -> None:
+            servable = self._servables.get(call.head.model_id or "")
+            if (
+                servable is not None
+                and servable.remote is not None
+                and servable.remote.metadata is None
+            ):
+                self._carrier.unary(servable, call, message, path)
+            else:
+                answered_here(call, message)
+
+        return Unary(answer)
 
     def _server_ready(self, *_: Any) -> Message:
         return oip_pb2.ServerReadyResponse(ready=self._is_ready())
@@ -116,6 +136,7 @@ class ModelInfo:
             raise NotFound(
                 f"model {model_id!r} has no version {version!r}; it has {list(versions)}"
             )
+        servable = servable.of_version(version)
         return servable, name or call.head.vmodel_id or model_id
 
     def _model_ready(self, call: ServerCall, message: bytes) -> Message:
@@ -201,5 +222,5 @@ def _statistics(servable: Servable, name: str) -> oip_pb2.ModelStatistics:
             compute_infer=duration(count=done, ns=s.infer_ns),
             compute_output=duration(count=done, ns=s.encode_ns),
         ),
-        memory_usage=[oip_pb2.MemoryUsage(type="CPU", byte_size=servable.model.size_bytes)],
+        memory_usage=[oip_pb2.MemoryUsage(type="CPU", byte_size=servable.size_bytes)],
     )

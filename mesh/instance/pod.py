@@ -54,6 +54,7 @@ from mesh.instance.publisher import Publisher
 from mesh.instance.servable import Servable
 from mesh.instance.use_book import UseBook
 from mesh.metrics import InstanceMetrics
+from mesh.runtimes.api import RemoteModel, is_remote
 from mesh.store.api import KVStore
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class Pod:
         self.records[model_id] = record
         servable = self.servables.get(model_id)
         if servable is not None:
-            servable.max_concurrency = self._concurrency(record)
+            servable.use_concurrency(self._concurrency(record, servable.remote))
         # Only a Load pins a copy: one copy of a pinned model is, and the leader says which.
         self._terms(record, pinned=copy.pinned and record.pinned)
 
@@ -336,13 +337,13 @@ class Pod:
         copy = self.cache.get(model_id)
         assert copy is not None
         if model_id not in self.servables:
-            record = self.records[model_id]
+            record, model = self.records[model_id], self.loader.models[model_id]
             self.servables[model_id] = Servable(
                 model_id,
                 record.model_type,
-                self.loader.models[model_id],
+                model,
                 copy.use,
-                self._concurrency(record),
+                self._concurrency(record, model if is_remote(model) else None),
             )
             self._count(model_id, "loaded")
             flight = self._flights.get(model_id)
@@ -448,8 +449,11 @@ class Pod:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _concurrency(self, record: ModelRecord) -> int:
-        return max(1, record.max_concurrency or self.policy.default_max_concurrency)
+    def _concurrency(self, record: ModelRecord, remote: RemoteModel | None) -> int:
+        """What the user says, within what the model's own process takes."""
+        bound = remote.max_concurrency if remote is not None else 0
+        said = record.max_concurrency or bound or self.policy.default_max_concurrency
+        return max(1, min(said, bound) if bound else said)
 
     def _idle_ms(self, record: ModelRecord) -> int:
         own = record.idle_unload_ms

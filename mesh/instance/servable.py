@@ -6,15 +6,22 @@ Owned by the event loop; worker threads only call ``model.infer``.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, cast
 
 from mesh.core.usage import Use
 from mesh.metrics import Histogram
 from mesh.oip.tensors import InferCodec
-from mesh.runtimes.api import LoadedModel, ModelMetadata
+from mesh.runtimes.api import AnyModel, LoadedModel, ModelMetadata, VersionedModel, is_remote
 
 if TYPE_CHECKING:
+    from mesh.instance.carrier import Carried
     from mesh.instance.executor import Job
+
+# What is said of a model that only its own process knows.
+_UNKNOWN: Final = ModelMetadata("external", (), (), (), accepts_any_input=True)
+
+_NOBODY: Final[deque[Carried]] = deque(maxlen=0)
 
 # Messages up to this size may be decoded, run and encoded in the event loop; a larger one costs
 # the loop too long to copy, whatever the model does with it.
@@ -60,12 +67,18 @@ class Statistics:
 
 
 class Servable:
-    """``estimates`` are nanoseconds by class of size, 0 where nothing was measured yet."""
+    """``estimates`` are nanoseconds by class of size, 0 where nothing was measured yet.
+
+    ``remote`` is set for a model in another process, ``versions`` for one of several versions: by
+    name, each a servable of its own that shares ``use``; this one is the latest. ``special`` is
+    True for both: all that the hit path of an ordinary model looks at.
+    """
 
     __slots__ = (
         "_next_pause",
         "_unpaid_since",
         "answered",
+        "carried",
         "codec",
         "estimates",
         "inline_pause",
@@ -76,18 +89,39 @@ class Servable:
         "model_type",
         "queue",
         "queued_ready",
+        "remote",
         "running",
+        "size_bytes",
+        "special",
         "statistics",
         "use",
+        "versions",
     )
 
     def __init__(
-        self, model_id: str, model_type: str, model: LoadedModel, use: Use, max_concurrency: int
+        self, model_id: str, model_type: str, model: AnyModel, use: Use, max_concurrency: int
     ) -> None:
         self.model_id = model_id
         self.model_type = model_type
-        self.model = model
-        self.metadata: ModelMetadata = model.metadata
+        self.size_bytes = model.size_bytes
+        self.remote = model if is_remote(model) else None
+        self.versions: dict[str, Servable] | None = None
+        names: tuple[str, ...] = ()
+        if isinstance(model, VersionedModel):
+            names, latest = tuple(model.versions), model.latest
+            if len(names) > 1:
+                self.versions = {
+                    name: Servable(
+                        model_id, model_type, VersionedModel({name: one}), use, max_concurrency
+                    )
+                    for name, one in model.versions.items()
+                }
+            model = latest
+        self.special = self.remote is not None or self.versions is not None
+        # Never asked to infer where ``remote`` is set.
+        self.model = cast(LoadedModel, model)
+        metadata = model.metadata or _UNKNOWN
+        self.metadata = replace(metadata, versions=names) if names else metadata
         self.codec = InferCodec(self.metadata)
         self.use = use
         self.max_concurrency = max_concurrency
@@ -97,9 +131,22 @@ class Servable:
         self._unpaid_since = 0  # inline runs from this one on have paid for no hold-up yet
         self.running = 0  # in worker threads
         self.queue: deque[Job] = deque()
+        # For another process, when it takes no more; nobody has it who needs none.
+        self.carried: deque[Carried] = deque() if self.remote is not None else _NOBODY
         self.queued_ready = False  # stands in the executor's line of copies with work
         self.statistics = Statistics()
         self.answered: dict[str, Histogram] = {}  # where successes are counted, by method
+
+    def use_concurrency(self, max_concurrency: int) -> None:
+        self.max_concurrency = max_concurrency
+        for one in (self.versions or {}).values():
+            one.max_concurrency = max_concurrency
+
+    def of_version(self, version: str) -> Servable:
+        """The servable that answers for this version; what is wrong with it is said there."""
+        if not version or self.versions is None:
+            return self
+        return self.versions.get(version, self)
 
     def learn(self, size_class: int, elapsed_ns: int) -> None:
         """Moves quickly down and slowly up: the first run of a session is slow, and a thread that

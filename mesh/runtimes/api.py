@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy.typing as npt
 
@@ -143,6 +143,12 @@ class RemoteModel(Protocol):
         ...
 
     @property
+    def internal(self) -> bool:
+        """A process of ours: it is given the mesh's own headers (``mesh-*``, ``mm-vmodel-id``), and
+        what it says of a refusal (``mesh-error``) is passed on."""
+        ...
+
+    @property
     def size_bytes(self) -> int: ...
 
     @property
@@ -176,10 +182,10 @@ class RemoteModel(Protocol):
 
 
 class VersionedModel:
-    """Several versions of one model, loaded together; ``latest`` answers when none is named.
+    """The named versions of one model, loaded together; ``latest`` answers when none is asked for.
 
-    ``versions`` are by name, the latest first. Not itself asked to infer: the serving pod keeps a
-    servable for each version.
+    ``versions`` are by name, the latest first; at least one. Not itself asked to infer: the serving
+    pod keeps a servable for each version.
     """
 
     __slots__ = ("latest", "versions")
@@ -202,6 +208,10 @@ class VersionedModel:
 
 
 AnyModel = LoadedModel | RemoteModel | VersionedModel
+
+
+def is_remote(model: AnyModel) -> TypeGuard[RemoteModel]:
+    return hasattr(model, "channel")
 
 
 class Runtime(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from mesh.runtimes.api import AnyModel, LoadedModel, ModelSpec, Runtime, VersionedModel
@@ -23,7 +24,7 @@ class Formats(Protocol):
 
     def format_runtime(self, name: str) -> Runtime: ...
 
-    def runs_isolated(self, name: str, path: object) -> bool: ...
+    def runs_isolated(self, name: str, path: Path) -> bool: ...
 
 
 class ArtifactRuntime:
@@ -58,8 +59,8 @@ class ArtifactRuntime:
                 with contextlib.suppress(Exception):
                     model.unload()
             raise
-        if len(models) == 1:
-            return next(iter(models.values()))
+        if "" in models:  # no version folders
+            return models[""]
         return VersionedModel(models)
 
     def _runs_isolated(self, layout: Layout) -> bool:

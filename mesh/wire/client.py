@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -156,6 +156,39 @@ class _Call(Stream):
         waiter = asyncio.get_running_loop().create_future()
         self.waiters.append(waiter)
         await waiter
+
+
+class _Told(_Call):
+    """A unary call whose end is told by a callback: no task, no future."""
+
+    __slots__ = ("on_end",)
+
+    on_end: Callable[[_Told], None] | None
+
+    def _wake(self) -> None:
+        if self.ended is not None and self.on_end is not None:
+            on_end, self.on_end = self.on_end, None
+            on_end(self)
+        elif self.inbox:
+            self.release()
+
+
+class Begun:
+    """A unary call under way, as ``Channel.begin`` gives it: it can be called off."""
+
+    __slots__ = ("_call", "_called_off")
+
+    def __init__(self) -> None:
+        self._call: _Told | None = None
+        self._called_off = False
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more; the callback is not called."""
+        self._called_off = True
+        call = self._call
+        if call is not None and call.on_end is not None:
+            call.on_end = None
+            call.reset(ErrorCode.CANCEL)
 
 
 class ClientStream:
@@ -315,6 +348,61 @@ class Channel:
         if len(call.inbox) != 1:
             raise RpcError(Code.INTERNAL, f"{path} answered with {len(call.inbox)} messages")
         return Reply(call.inbox[0], call.initial.fields if call.initial else (), call.ended)
+
+    def begin(
+        self,
+        path: str,
+        message: bytes,
+        block: bytes,
+        deadline_s: float,
+        on_end: Callable[[Reply | RpcError], None],
+    ) -> Begun:
+        """``unary`` without a task, for the hit path: ``on_end`` is called once, never from here.
+
+        ``block`` are the encoded fields of the metadata; ``deadline_s`` is on the clock of
+        ``time.monotonic`` (inf: none). A call that the peer refused unseen is not sent again.
+        """
+        begun = Begun()
+
+        def ended(call: _Told) -> None:
+            self.peer.stream_ended(call.conn)
+            if call.error is not None:
+                on_end(call.error)
+            elif len(call.inbox) != 1:
+                text = f"{path} answered with {len(call.inbox)} messages"
+                on_end(RpcError(Code.INTERNAL, text))
+            else:
+                initial = call.initial.fields if call.initial else ()
+                on_end(Reply(call.inbox[0], initial, call.ended or ()))
+
+        def connected(found: Outbound | NoConnection) -> None:
+            if begun._called_off:
+                return
+            if isinstance(found, NoConnection):
+                full = found.why is Unconnected.FULL
+                code = Code.RESOURCE_EXHAUSTED if full else Code.UNAVAILABLE
+                error = NotSent(code, found.reason)
+                asyncio.get_running_loop().call_soon(on_end, error)
+                return
+            limit = self._limits.max_message_bytes
+            call = found.open_stream(lambda c, stream_id: _Told(c, stream_id, limit))
+            assert isinstance(call, _Told)
+            call.on_end = ended
+            begun._call = call
+            call.deadline_s = deadline_s
+            head = self._prefix(path) + block
+            if deadline_s != float("inf"):
+                left_s = max(0.0, deadline_s - time.monotonic())
+                head += hpack.encode_literal(b"grpc-timeout", format_timeout(left_s))
+            call.send_headers(head, False)
+            call.send_data(messages.prefix(message) + message, True)
+
+        conn = self.peer.usable()
+        if conn is not None:
+            connected(conn)
+        else:
+            self.peer.acquire(connected)
+        return begun
 
     def stream(
         self, path: str, *, metadata: Metadata = (), timeout_s: float | None = None

@@ -63,7 +63,7 @@ class Fallback(Protocol):
 
 class Server:
     """``methods`` maps a full path (``/pkg.Service/Method``) to its method; ``fallback`` takes
-    every other path; without it they are UNIMPLEMENTED."""
+    every other path, or ``otherwise`` does; without them they are UNIMPLEMENTED."""
 
     def __init__(
         self,
@@ -71,8 +71,10 @@ class Server:
         *,
         limits: Limits = PUBLIC,
         fallback: Fallback | None = None,
+        otherwise: Method | None = None,
     ) -> None:
         self.methods = dict(methods)
+        self._otherwise = otherwise
         self.limits = limits
         self.fallback = fallback
         self._listeners: list[Listener] = []
@@ -200,7 +202,7 @@ class Server:
     ) -> Stream | None:
         if not head.content_type.startswith(b"application/grpc") or head.method != b"POST":
             return self._not_grpc(conn, stream_id, head, end)
-        method = self.methods.get(head.path)
+        method = self.methods.get(head.path, self._otherwise)
         if isinstance(method, Unary):
             head.opener = partial(self._open_unary, method)
         elif method is not None:
