@@ -7,6 +7,16 @@ from __future__ import annotations
 
 from typing import Final
 
+FORMATS: Final = (
+    "onnx",
+    "sklearn",
+    "xgboost",
+    "lightgbm",
+    "pytorch",
+    "tensorflow",
+    "tflite",
+    "python",
+)
 # Other names of a format, as users and KServe's runtimes write them.
 ALIASES: Final[dict[str, str]] = {
     "keras": "tensorflow",

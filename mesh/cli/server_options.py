@@ -99,6 +99,80 @@ AllowPickleOption = Annotated[
         help="Load joblib and pickle files. They can run any code: only from who you trust.",
     ),
 ]
+AllowPythonOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-python",
+        envvar=variable("ALLOW_PYTHON"),
+        help="Load models that are a model.py. They are code: only from who you trust.",
+    ),
+]
+IsolationOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--isolation",
+        envvar=variable("ISOLATION"),
+        metavar="FORMAT=process|none,...",
+        help="Whether models of a format run in processes of their own; repeatable. Pickles, "
+        "python and tensorflow do unless told otherwise.",
+    ),
+]
+WorkerMemoryOption = Annotated[
+    Any,
+    typer.Option(
+        "--worker-memory",
+        parser=size_bytes,
+        metavar="SIZE",
+        envvar=variable("WORKER_MEMORY"),
+        help="What the process of an isolated model may use; as much as --capacity unless told.",
+    ),
+]
+ModelThreadsOption = Annotated[
+    int,
+    typer.Option(
+        "--model-threads",
+        min=1,
+        max=1024,
+        envvar=variable("MODEL_THREADS"),
+        help="Threads of one inference, where the model does not say.",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        envvar=variable("DEVICE"),
+        metavar="cpu|cuda[:N]",
+        help="Where PyTorch models run; --capacity is then that device's memory for models.",
+    ),
+]
+ServingRuntimeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--serving-runtime",
+        envvar=variable("SERVING_RUNTIME"),
+        metavar="FILE",
+        help="A KServe ServingRuntime: the formats that are served, and the runtime behind it.",
+    ),
+]
+RuntimeEndpointOption = Annotated[
+    str,
+    typer.Option(
+        "--runtime-endpoint",
+        envvar=variable("RUNTIME_ENDPOINT"),
+        metavar="unix:/PATH|HOST:PORT",
+        help="An external runtime's mmesh.ModelRuntime, if not where its ServingRuntime says.",
+    ),
+]
+RuntimeDataEndpointOption = Annotated[
+    str,
+    typer.Option(
+        "--runtime-data-endpoint",
+        envvar=variable("RUNTIME_DATA_ENDPOINT"),
+        metavar="unix:/PATH|HOST:PORT",
+        help="Where its inference is.",
+    ),
+]
 StorageConfigOption = Annotated[
     Path | None,
     typer.Option(

@@ -16,24 +16,32 @@ import typer
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.server_options import (
     AllowPickleOption,
+    AllowPythonOption,
     CacheSizeOption,
     CapacityOption,
+    DeviceOption,
     EtcdOption,
     FailureExpiryOption,
     FileRootOption,
+    IsolationOption,
     LogLevel,
     LogLevelOption,
     MessageSizeOption,
     MetricsHostOption,
     MetricsPortOption,
+    ModelThreadsOption,
     NamespaceOption,
     PerModelMetricsOption,
     PolicyOption,
     PrefixOption,
+    RuntimeDataEndpointOption,
+    RuntimeEndpointOption,
+    ServingRuntimeOption,
     StorageConfigOption,
     TlsCertOption,
     TlsClientCaOption,
     TlsKeyOption,
+    WorkerMemoryOption,
     duration_ms,
     size_bytes,
     variable,
@@ -109,6 +117,12 @@ def up(
     tls_client_ca: TlsClientCaOption = None,
     file_root: FileRootOption = None,
     allow_pickle: AllowPickleOption = False,
+    allow_python: AllowPythonOption = False,
+    isolation: IsolationOption = None,
+    worker_memory: WorkerMemoryOption = None,
+    model_threads: ModelThreadsOption = 1,
+    device: DeviceOption = "cpu",
+    serving_runtime: ServingRuntimeOption = None,
     storage_config: StorageConfigOption = None,
     cache_size: CacheSizeOption = "20GiB",
     failure_expiry: FailureExpiryOption = "15m",
@@ -129,7 +143,8 @@ def up(
     from mesh.up.settings import UpSettings
 
     check_tls(tls_cert, tls_key, tls_client_ca)
-    check_folders(file_root, storage_config)
+    check_folders(file_root, storage_config, serving_runtime)
+    isolation_of(isolation)
     policy_from(failure_expiry, policy)  # a wrong one is named here, and not by every child
     both_flags = (
         *("--max-message-size", str(max_message_size)),
@@ -159,6 +174,12 @@ def up(
         ),
         instance_flags=(
             *(("--allow-pickle",) if allow_pickle else ()),
+            *(("--allow-python",) if allow_python else ()),
+            *(part for text in isolation or () for part in ("--isolation", text)),
+            *(("--worker-memory", str(worker_memory)) if worker_memory else ()),
+            *("--model-threads", str(model_threads)),
+            *("--device", device),
+            *_flag("--serving-runtime", serving_runtime),
             *_flag("--storage-config", storage_config),
             *("--cache-size", str(cache_size)),
             *both_flags,
@@ -286,6 +307,14 @@ def instance(
     ] = "",
     file_root: FileRootOption = None,
     allow_pickle: AllowPickleOption = False,
+    allow_python: AllowPythonOption = False,
+    isolation: IsolationOption = None,
+    worker_memory: WorkerMemoryOption = None,
+    model_threads: ModelThreadsOption = 1,
+    device: DeviceOption = "cpu",
+    serving_runtime: ServingRuntimeOption = None,
+    runtime_endpoint: RuntimeEndpointOption = "",
+    runtime_data_endpoint: RuntimeDataEndpointOption = "",
     storage_config: StorageConfigOption = None,
     cache_dir: Annotated[
         Path,
@@ -318,10 +347,11 @@ def instance(
 
     from mesh.instance.process import serve
     from mesh.instance.settings import InstanceSettings
+    from mesh.runtimes.settings import RuntimeSettings
     from mesh.wire.limits import INSIDE
     from puller.settings import PullerSettings
 
-    check_folders(file_root, storage_config)
+    check_folders(file_root, storage_config, serving_runtime)
     roots = [root.resolve() for root in (file_root or environment_roots())]
     try:
         settings = InstanceSettings(
@@ -342,7 +372,17 @@ def instance(
             prefix=prefix,
             namespace=namespace,
             name=name,
-            allow_pickle=allow_pickle,
+            runtimes=RuntimeSettings(
+                intra_op_threads=model_threads,
+                allow_pickle=allow_pickle,
+                allow_python=allow_python,
+                isolation=isolation_of(isolation),
+                device=device,
+            ),
+            worker_memory_bytes=worker_memory or 0,
+            serving_runtime=serving_runtime,
+            runtime_endpoint=runtime_endpoint,
+            runtime_data_endpoint=runtime_data_endpoint,
             inference_threads=threads,
             zone=zone,
             labels=tuple(
@@ -394,7 +434,28 @@ def check_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> No
             raise CommandError(f"{flag} {path}: no such file", Exit.USAGE)
 
 
-def check_folders(file_roots: list[Path] | None, storage_config: Path | None) -> None:
+def isolation_of(texts: list[str] | None) -> dict[str, bool]:
+    """Format to whether it runs in processes of its own. Raises CommandError."""
+    from mesh.formats import FORMATS
+
+    found: dict[str, bool] = {}
+    for text in filter(None, (part.strip() for value in texts or () for part in value.split(","))):
+        name, _, how = text.partition("=")
+        if name not in FORMATS or how not in ("process", "none"):
+            raise CommandError(
+                f"--isolation {text}: write FORMAT=process or FORMAT=none, with one of the formats "
+                + ", ".join(FORMATS),
+                Exit.USAGE,
+            )
+        found[name] = how == "process"
+    return found
+
+
+def check_folders(
+    file_roots: list[Path] | None, storage_config: Path | None, serving_runtime: Path | None
+) -> None:
+    if serving_runtime is not None and not serving_runtime.is_file():
+        raise CommandError(f"--serving-runtime {serving_runtime}: no such file", Exit.USAGE)
     for root in file_roots or ():
         if not root.is_dir():
             raise CommandError(f"--file-root {root}: no such folder", Exit.USAGE)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from mesh.core.errors import MeshError
 from mesh.instance.instance import Instance
 from mesh.instance.settings import InstanceSettings
-from mesh.runtimes.registry import RuntimeRegistry, RuntimeSettings
+from mesh.runtimes.registry import RuntimeRegistry
 from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_rpc import EtcdOptions
 from puller.puller import Puller
@@ -31,7 +31,7 @@ async def run(settings: InstanceSettings) -> int:
         prefix=settings.prefix,
         namespace=settings.namespace,
     )
-    runtimes = RuntimeRegistry(RuntimeSettings(allow_pickle=settings.allow_pickle))
+    runtimes = RuntimeRegistry(settings.runtimes)
     instance = Instance(settings, store, Puller(settings.puller), runtimes)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mesh.core.policy import Policy
+from mesh.runtimes.settings import RuntimeSettings
 from mesh.wire.limits import INSIDE, Limits
 from puller.settings import PullerSettings
 
@@ -24,7 +26,12 @@ class InstanceSettings:
     prefix: str = "mesh"
     namespace: str = "default"
     name: str = "instance"  # start of the instance's id; the rest is drawn at each start
-    allow_pickle: bool = False
+    runtimes: RuntimeSettings = field(default_factory=RuntimeSettings)
+    worker_memory_bytes: int = 0  # of an isolated model's process; 0: as capacity_bytes
+    # A KServe ServingRuntime: which formats, and the external runtime that serves them, if any.
+    serving_runtime: Path | None = None
+    runtime_endpoint: str = ""  # of an external runtime, where its resource does not say
+    runtime_data_endpoint: str = ""
     inference_threads: int = 4  # beside the event loop; one more than a slow model may hold
     zone: str = ""
     labels: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -19,25 +19,9 @@ from mesh.core.errors import LoadFailed
 from mesh.formats import ALIASES, DETECTED
 from mesh.runtimes.api import Runtime
 from mesh.runtimes.native_memory import NativeHeap
+from mesh.runtimes.settings import RuntimeSettings
 
-
-@dataclass(frozen=True, slots=True)
-class RuntimeSettings:
-    """What an operator says of the runtimes of one process.
-
-    ``allow_pickle``: joblib and pickle files run code when loaded; ``allow_python``: so does a
-    ``model.py``. Only the operator may say that they may (a flag, or a ServingRuntime that lists
-    the format). ``trusted_types``: types that a skops file may hold beside those that skops trusts
-    itself. ``isolation``: format to whether it runs in worker processes, where that differs from
-    the format's default. ``device``: ``cpu``, ``cuda``, ``cuda:1`` ... for those that have it.
-    """
-
-    intra_op_threads: int = 1
-    allow_pickle: bool = False
-    allow_python: bool = False
-    trusted_types: tuple[str, ...] = ()
-    isolation: Mapping[str, bool] = field(default_factory=dict)
-    device: str = "cpu"
+__all__ = ["SOURCES", "RuntimeRegistry", "RuntimeSettings", "RuntimeSource"]
 
 
 @dataclass(frozen=True, slots=True)
