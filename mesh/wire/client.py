@@ -200,10 +200,15 @@ class ClientStream:
         self._metadata = metadata
         self._timeout_s = timeout_s
         self._call: _Call | None = None
+        self._opening = asyncio.Lock()  # who sends and who reads may be two tasks
 
     async def _open(self) -> _Call:
         if self._call is None:
-            self._call = await self._channel.open(self._path, self._metadata, self._timeout_s)
+            async with self._opening:
+                if self._call is None:
+                    self._call = await self._channel.open(
+                        self._path, self._metadata, self._timeout_s
+                    )
         return self._call
 
     async def send(self, message: bytes) -> None:
