@@ -29,7 +29,7 @@ from mesh.core.errors import (
     MeshError,
     ResourceExhausted,
 )
-from mesh.oip.datatypes import datatype_name
+from mesh.runtimes import tabular
 from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
 from mesh.runtimes.native_memory import NativeHeap
 
@@ -80,8 +80,10 @@ class SklearnModel:
 
     __slots__ = ("_default", "_estimator", "_feature_names", "_heap", "metadata", "size_bytes")
 
-    def __init__(self, estimator: Any, size_bytes: int, heap: NativeHeap) -> None:
-        self.metadata = _metadata(estimator)
+    def __init__(
+        self, estimator: Any, metadata: ModelMetadata, size_bytes: int, heap: NativeHeap
+    ) -> None:
+        self.metadata = metadata
         self.size_bytes = size_bytes
         self._estimator = estimator
         self._heap = heap
@@ -92,37 +94,30 @@ class SklearnModel:
     def infer(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], parameters: Mapping[str, Any]
     ) -> list[Tensor]:
-        features = self._features(inputs)
+        features = tabular.feature_matrix(inputs, self._feature_names)
         answers: list[Tensor] = []
         for name in outputs or self._default:
             method = getattr(self._estimator, name)
             try:
                 answer = method(features)
             except (ValueError, TypeError) as error:
-                raise InvalidArgument(f"scikit-learn refused the input: {_line(error)}") from None
+                raise InvalidArgument(
+                    f"scikit-learn refused the input: {tabular.one_line(error)}"
+                ) from None
             except MemoryError as error:
-                raise ResourceExhausted(f"out of memory in {name}: {_line(error)}") from None
+                raise ResourceExhausted(
+                    f"out of memory in {name}: {tabular.one_line(error)}"
+                ) from None
             except Exception as error:
-                raise Internal(f"scikit-learn failed in {name}: {_line(error)}") from None
-            answers.append(_tensor(name, answer))
+                raise Internal(
+                    f"scikit-learn failed in {name}: {tabular.one_line(error)}"
+                ) from None
+            answers.append(tabular.column_tensor(name, answer))
         return answers
 
     def unload(self) -> None:
         self._estimator = None
         self._heap.released(self.size_bytes)
-
-    def _features(self, inputs: Mapping[str, Array]) -> Array:
-        if len(inputs) == 1:
-            return _numbers_or_text(next(iter(inputs.values())))
-        names = self._feature_names
-        if names is None or set(names) != set(inputs):
-            wanted = f"its features {names}" if names else "one input"
-            raise InvalidArgument(f"the model takes {wanted}; the request has {sorted(inputs)}")
-        columns = [_numbers_or_text(inputs[name]).reshape(-1, 1) for name in names]
-        if len({len(column) for column in columns}) > 1:
-            sizes = {name: len(column) for name, column in zip(names, columns, strict=True)}
-            raise InvalidArgument(f"the features must have equally many rows; found {sizes}")
-        return np.hstack(columns)
 
 
 class SklearnRuntime:
@@ -151,7 +146,8 @@ class SklearnRuntime:
                 f"model {spec.model_id!r}: {path.name} is a pickle, which runs code when it is "
                 f"loaded. Save the model with skops ({_STEM}{SKOPS_SUFFIX}), or, if you trust "
                 f"everybody who can register a model, let the operator start the instance with "
-                f"--allow-pickle (MESH_ALLOW_PICKLE=1)"
+                f"--allow-pickle (MESH_ALLOW_PICKLE=1), or with a ServingRuntime whose "
+                f"supportedModelFormats lists pickle (--serving-runtime FILE)"
             )
         content_bytes = _content_bytes(path, spec)
         import joblib
@@ -178,7 +174,7 @@ class SklearnRuntime:
                 # A hostile or corrupt file can raise anything at all.
                 raise LoadFailed(
                     f"model {spec.model_id!r}: {path.name} cannot be loaded: "
-                    f"{type(error).__name__}: {_line(error)}"
+                    f"{type(error).__name__}: {tabular.one_line(error)}"
                 ) from None
         if not isinstance(estimator, sklearn.base.BaseEstimator) or not _methods(estimator):
             raise LoadFailed(
@@ -189,7 +185,8 @@ class SklearnRuntime:
         predicted = _predicted_bytes(content_bytes)
         measured = predicted if growth.bytes_ is None else growth.bytes_ + _OBJECT_BYTES
         size_bytes = min(max(measured, content_bytes + _OBJECT_BYTES), 2 * predicted)
-        return SklearnModel(estimator, size_bytes, self._heap)
+        metadata = tabular.described(_metadata(estimator), spec)
+        return SklearnModel(estimator, metadata, size_bytes, self._heap)
 
     def _load_skops(self, skops_io: Any, path: Path, spec: ModelSpec) -> Any:
         untrusted = set(skops_io.get_untrusted_types(file=path)) - set(self._trusted_types)
@@ -204,27 +201,9 @@ class SklearnRuntime:
 
 def model_file(spec: ModelSpec) -> Path:
     """The file to load; raises LoadFailed when there is none or more than one could be meant."""
-    path = spec.path
-    suffixes = (SKOPS_SUFFIX, *PICKLE_SUFFIXES)
-    if path.is_file():
-        if path.suffix in suffixes:
-            return path
-        raise LoadFailed(
-            f"model {spec.model_id!r}: {path.name} has none of the suffixes {', '.join(suffixes)}"
-        )
-    if not path.is_dir():
-        raise LoadFailed(f"model {spec.model_id!r}: there is no file or folder at {path.name!r}")
-    for suffix in suffixes:
-        if (path / (_STEM + suffix)).is_file():
-            return path / (_STEM + suffix)
-    candidates = sorted(entry for entry in path.iterdir() if entry.suffix in suffixes)
-    if len(candidates) == 1:
-        return candidates[0]
-    found = ", ".join(entry.name for entry in candidates[:5]) or "none"
-    raise LoadFailed(
-        f"model {spec.model_id!r}: the folder has no {_STEM}{SKOPS_SUFFIX} and not exactly one "
-        f"other model file ({', '.join(suffixes)}); found {found}"
-    )
+    if spec.options.file and not spec.path.is_file():
+        return spec.path / spec.options.file
+    return tabular.only_file(spec, (SKOPS_SUFFIX, *PICKLE_SUFFIXES), _STEM)
 
 
 def _content_bytes(path: Path, spec: ModelSpec) -> int:
@@ -236,13 +215,10 @@ def _content_bytes(path: Path, spec: ModelSpec) -> int:
         return path.stat().st_size
     except zipfile.BadZipFile as error:
         raise LoadFailed(
-            f"model {spec.model_id!r}: {path.name} is no skops file: {_line(error)}"
+            f"model {spec.model_id!r}: {path.name} is no skops file: {tabular.one_line(error)}"
         ) from None
     except OSError as error:
-        raise LoadFailed(
-            f"model {spec.model_id!r}: {path.name} cannot be read: {error.strerror or error}",
-            code=Code.UNAVAILABLE,
-        ) from None
+        raise tabular.unreadable(path, spec, error) from None
 
 
 def _predicted_bytes(content_bytes: int) -> int:
@@ -271,7 +247,7 @@ def _metadata(estimator: Any) -> ModelMetadata:
         if name == "predict":
             shape = (-1, 1)
             if isinstance(classes, np.ndarray):
-                kind = _datatype(classes)
+                kind = tabular.datatype_of(classes)
         elif name == "predict_proba" and isinstance(classes, np.ndarray):
             shape = (-1, len(classes))
         outputs.append(TensorSpec(name, kind, shape))
@@ -282,40 +258,3 @@ def _metadata(estimator: Any) -> ModelMetadata:
         outputs=tuple(outputs),
         accepts_any_input=True,
     )
-
-
-def _datatype(array: Array) -> str:
-    return "BYTES" if array.dtype.kind == "O" else datatype_name(array.dtype) or "FP64"
-
-
-def _tensor(name: str, answer: Any) -> Tensor:
-    if hasattr(answer, "toarray"):  # sparse, from a transformer
-        answer = answer.toarray()
-    array: Array = np.asarray(answer)
-    if array.ndim == 1:
-        array = array.reshape(-1, 1)
-    kind = _datatype(array)
-    if kind != "BYTES":
-        return Tensor(name, kind, array)
-    encoded = np.empty(array.shape, dtype=object)
-    flat = encoded.ravel()
-    for index, element in enumerate(array.ravel().tolist()):
-        flat[index] = element if isinstance(element, bytes) else str(element).encode()
-    return Tensor(name, "BYTES", encoded)
-
-
-def _numbers_or_text(array: Array) -> Array:
-    if array.dtype.kind != "O":
-        return array
-    text = np.empty(array.shape, dtype=object)
-    flat = text.ravel()
-    for index, element in enumerate(array.ravel().tolist()):
-        try:
-            flat[index] = element.decode() if isinstance(element, bytes) else element
-        except UnicodeDecodeError:
-            raise InvalidArgument(f"element {index} of the input is not UTF-8") from None
-    return text
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
