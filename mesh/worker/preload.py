@@ -1,0 +1,38 @@
+"""What a fork server imports for a format, so that its workers share it instead of each paying.
+
+Names only: a module that is not installed is left out, and the worker's own load then says what
+is missing. Whatever starts a thread when it is imported does not belong here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+MODULES: Final[Mapping[str, Sequence[str]]] = {
+    # With the families of estimators that nearly every stored model needs.
+    "sklearn": (
+        *("joblib", "skops.io", "sklearn.linear_model", "sklearn.ensemble", "sklearn.tree"),
+        *("sklearn.pipeline", "sklearn.preprocessing", "sklearn.svm", "sklearn.neighbors"),
+        *("sklearn.compose", "mesh.runtimes.sklearn"),
+    ),
+    "xgboost": ("xgboost", "mesh.runtimes.xgboost"),
+    "lightgbm": ("lightgbm", "mesh.runtimes.lightgbm"),
+    "pytorch": ("torch", "mesh.runtimes.pytorch"),
+    "tensorflow": ("tensorflow", "mesh.runtimes.tensorflow"),
+    "tflite": ("ai_edge_litert.interpreter", "mesh.runtimes.tflite"),
+    "onnx": ("onnxruntime", "mesh.runtimes.onnx"),
+    "python": ("mesh.runtimes.python",),
+}
+
+
+def preload(format_name: str) -> None:
+    for name in MODULES.get(format_name, ()):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            log.info("%s is not preloaded: %s", name, error)
