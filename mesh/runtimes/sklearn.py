@@ -32,6 +32,7 @@ from mesh.core.errors import (
 from mesh.runtimes import tabular
 from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
 from mesh.runtimes.native_memory import NativeHeap
+from mesh.runtimes.tabular import one_line
 
 PLATFORM: Final = "sklearn"
 SKOPS_SUFFIX: Final = ".skops"
@@ -102,15 +103,15 @@ class SklearnModel:
                 answer = method(features)
             except (ValueError, TypeError) as error:
                 raise InvalidArgument(
-                    f"scikit-learn refused the input: {tabular.one_line(error)}"
+                    f"scikit-learn refused the input: {one_line(error)}"
                 ) from None
             except MemoryError as error:
                 raise ResourceExhausted(
-                    f"out of memory in {name}: {tabular.one_line(error)}"
+                    f"out of memory in {name}: {one_line(error)}"
                 ) from None
             except Exception as error:
                 raise Internal(
-                    f"scikit-learn failed in {name}: {tabular.one_line(error)}"
+                    f"scikit-learn failed in {name}: {one_line(error)}"
                 ) from None
             answers.append(tabular.column_tensor(name, answer))
         return answers
@@ -174,7 +175,7 @@ class SklearnRuntime:
                 # A hostile or corrupt file can raise anything at all.
                 raise LoadFailed(
                     f"model {spec.model_id!r}: {path.name} cannot be loaded: "
-                    f"{type(error).__name__}: {tabular.one_line(error)}"
+                    f"{type(error).__name__}: {one_line(error)}"
                 ) from None
         if not isinstance(estimator, sklearn.base.BaseEstimator) or not _methods(estimator):
             raise LoadFailed(
@@ -215,7 +216,7 @@ def _content_bytes(path: Path, spec: ModelSpec) -> int:
         return path.stat().st_size
     except zipfile.BadZipFile as error:
         raise LoadFailed(
-            f"model {spec.model_id!r}: {path.name} is no skops file: {tabular.one_line(error)}"
+            f"model {spec.model_id!r}: {path.name} is no skops file: {one_line(error)}"
         ) from None
     except OSError as error:
         raise tabular.unreadable(path, spec, error) from None
