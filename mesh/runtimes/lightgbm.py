@@ -89,9 +89,7 @@ class LightgbmRuntime:
         threads = spec.options.threads or self._settings.intra_op_threads
         with self._heap.measure() as growth:
             try:
-                booster = lightgbm.Booster(
-                    params={"verbosity": -1, "num_threads": threads}, model_file=str(path)
-                )
+                booster = lightgbm.Booster(model_file=str(path))
                 found = _metadata(booster, threads)
             except MemoryError:
                 raise LoadFailed(
