@@ -15,8 +15,8 @@ from contextlib import suppress
 
 from mesh.core.errors import MeshError
 from mesh.instance.instance import Instance
+from mesh.instance.runtime_choice import choose_runtimes
 from mesh.instance.settings import InstanceSettings
-from mesh.runtimes.registry import RuntimeRegistry
 from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_rpc import EtcdOptions
 from puller.puller import Puller
@@ -31,8 +31,14 @@ async def run(settings: InstanceSettings) -> int:
         prefix=settings.prefix,
         namespace=settings.namespace,
     )
-    runtimes = RuntimeRegistry(settings.runtimes)
-    instance = Instance(settings, store, Puller(settings.puller), runtimes)
+    try:
+        chosen = await choose_runtimes(settings)
+    except MeshError as error:
+        log.error("no runtime: %s", error.message)
+        await store.close()
+        return 1
+    settings = chosen.settings
+    instance = Instance(settings, store, Puller(settings.puller), chosen.runtimes)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -50,6 +56,7 @@ async def run(settings: InstanceSettings) -> int:
         return await _serve(instance, stop)
     finally:
         await instance.close()
+        await chosen.closable.close()
         await store.close()
 
 
