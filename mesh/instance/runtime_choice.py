@@ -18,6 +18,7 @@ from mesh.instance.loader import Runtimes
 from mesh.instance.settings import InstanceSettings
 from mesh.manifest import load_documents
 from mesh.runtimes.external import ExternalRuntimes
+from mesh.runtimes.external_choice import external_runtimes
 from mesh.runtimes.isolated import IsolatedRuntime, IsolationLimits
 from mesh.runtimes.registry import SOURCES, RuntimeRegistry
 from mesh.serving_runtime import ServingRuntime, parse_serving_runtime
@@ -39,13 +40,18 @@ async def choose_runtimes(settings: InstanceSettings) -> Chosen:
     resource = None
     if settings.serving_runtime is not None:
         resource = await asyncio.to_thread(_read, settings.serving_runtime)
-    endpoint = settings.runtime_endpoint or (resource.endpoint if resource else "")
-    if endpoint:
-        return await _external(settings, resource, endpoint)
-    if resource is not None and resource.adapter is not None:
-        raise FailedPrecondition(
-            f"{settings.serving_runtime}: spec.builtInAdapter ({resource.adapter.server_type}) is "
-            "not served yet; give the runtime a grpcEndpoint that speaks mmesh.ModelRuntime"
+        external = external_runtimes(
+            resource,
+            endpoint=settings.runtime_endpoint,
+            data_endpoint=settings.runtime_data_endpoint,
+            capacity_bytes=settings.capacity_bytes,
+        )
+        if external is not None:
+            return await _external(settings, external)
+    elif settings.runtime_endpoint:
+        raise InvalidArgument(
+            "--runtime-endpoint needs --serving-runtime FILE, whose supportedModelFormats tell "
+            "what the runtime serves"
         )
     return _in_pod(settings, resource)
 
@@ -67,16 +73,7 @@ def _read(path: Path) -> ServingRuntime:
     return resource
 
 
-async def _external(
-    settings: InstanceSettings, resource: ServingRuntime | None, endpoint: str
-) -> Chosen:
-    if resource is None:
-        raise InvalidArgument(
-            "--runtime-endpoint needs --serving-runtime FILE, whose supportedModelFormats tell "
-            "what the runtime serves"
-        )
-    data = settings.runtime_data_endpoint or resource.data_endpoint
-    runtimes = ExternalRuntimes.at(resource.model_types, endpoint, data)
+async def _external(settings: InstanceSettings, runtimes: ExternalRuntimes) -> Chosen:
     try:
         status = await runtimes.start()
     except BaseException:
