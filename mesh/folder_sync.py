@@ -207,7 +207,8 @@ class FolderSync:
         if self._down.is_set():  # one refusal to answer is enough for a whole step
             return _Outcome(entry, retry=True)
         path = self.folder / entry
-        is_manifest = path.suffix in SUFFIXES and path.is_file()
+        # xgboost's models end in .json, too; their first bytes tell them.
+        is_manifest = path.suffix in SUFFIXES and path.is_file() and not looks_like_model(path)
         documents = list(read_file(path)) if is_manifest else self.read_model(path)
         names: list[str] = []
         faults: list[str] = []

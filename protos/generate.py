@@ -9,6 +9,7 @@ protobuf's process-wide pool carry the prefix ``protos/``, so that they meet no 
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -28,17 +29,16 @@ def generate(out_root: Path) -> list[Path]:
             f"grpcio-tools {found} is installed, the stubs need {COMPILER_SERIES}x: "
             f"pip install 'grpcio-tools>=1.81,<1.82'"
         )
-    from grpc_tools import protoc
-
     sources = sorted(HERE.glob("*.proto"))
+    # In a process of its own: protoc crashes where torch has been imported before.
     arguments = [
-        "protoc",
+        *(sys.executable, "-m", "grpc_tools.protoc"),
         f"-I{HERE.parent}",
         f"--python_out={out_root}",
         f"--pyi_out={out_root}",
         *(str(source) for source in sources),
     ]
-    if protoc.main(arguments) != 0:
+    if subprocess.run(arguments, check=False).returncode != 0:
         raise RuntimeError("protoc failed; its message is above")
     return [
         out_root / HERE.name / f"{source.stem}_pb2{suffix}"

@@ -38,11 +38,13 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """One request that is run before a model counts as loaded. ``inputs``: zeros of these shapes
-    (every axis given) unless the runtime knows better; ``count`` times."""
+    """One request that is run before a model counts as loaded, ``count`` times. ``inputs``: every
+    axis given; zeros, or the content of the file in ``data`` (by the input's name), which is as in
+    ``raw_input_contents``."""
 
     inputs: tuple[TensorSpec, ...]
     count: int = 1
+    data: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

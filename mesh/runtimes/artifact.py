@@ -75,6 +75,11 @@ def _of(spec: ModelSpec, layout: Layout) -> ModelSpec:
 
 def _versions(spec: ModelSpec, layout: Layout) -> list[ModelSpec]:
     return [
-        replace(spec, model_type=layout.format, path=version.path, options=layout.options)
+        replace(
+            spec,
+            model_type=layout.format,
+            path=version.path,
+            options=version.options or layout.options,
+        )
         for version in layout.versions
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mesh.folder_sync import Applied, FolderSync, SyncRefused, SyncUnavailable
 
@@ -118,6 +119,15 @@ def test_applies_manifests_and_models_and_counts_along(world: World) -> None:
     assert spec["storageUri"] == (world.folder / "three").as_uri()
     assert world.told.problems == []
     assert world.told.counts[-1] == (4, 4)
+
+
+def test_a_json_file_is_a_manifest_or_an_xgboost_model_by_its_first_bytes(world: World) -> None:
+    (world.folder / "trees.json").write_text('{"learner":{},"version":[3,2,0]}')
+    (world.folder / "one.json").write_text(json.dumps(yaml.safe_load(manifest("one"))))
+    assert step(world.sync())
+    assert sorted(world.mesh.models) == ["one", "trees"]
+    spec = json.loads(world.mesh.models["trees"])["spec"]["predictor"]["model"]
+    assert spec["modelFormat"] == {"name": "xgboost"}
 
 
 def test_applies_nothing_twice_and_changes_again(world: World) -> None:
