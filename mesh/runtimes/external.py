@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -76,7 +76,8 @@ class ExternalRuntimes:
     """Implements ``mesh.instance.loader.Runtimes`` and ``Runtime`` for all its model types.
 
     ``await start()`` before the pod serves, ``await close()`` behind it. ``data`` is the channel
-    that requests go by. ``inject_oip``: the server knows models by ``model_name`` alone.
+    that requests go by. ``server_name`` is set for a server that knows models by ``model_name``
+    alone: how it calls the model of an id.
     """
 
     def __init__(
@@ -86,13 +87,13 @@ class ExternalRuntimes:
         data: Channel,
         *,
         times: ExternalTimes | None = None,
-        inject_oip: bool = False,
+        server_name: Callable[[str], str] | None = None,
     ) -> None:
         self._model_types = model_types
         self._management = management
         self._data = data
         self._times = times or ExternalTimes()
-        self._inject_oip = inject_oip
+        self._server_name = server_name
         self._loop: asyncio.AbstractEventLoop | None = None
         self._status: RuntimeStatus | None = None
         self._ready = asyncio.Event()
@@ -244,7 +245,7 @@ class ExternalRuntimes:
             max_concurrency=loaded.max_concurrency,
             let_go=self._let_go,
             lost=self._lost,
-            inject_oip=self._inject_oip,
+            server_name=self._server_name(order.model_id) if self._server_name else "",
         )
 
     async def _size(self, model_id: str) -> int:

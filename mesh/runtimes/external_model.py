@@ -69,18 +69,18 @@ class ExternalModel:
         max_concurrency: int,
         let_go: Callable[[str], None],
         lost: Callable[[RpcError], None],
-        inject_oip: bool = False,
+        server_name: str = "",
     ) -> None:
         self.model_id = model_id
         self.channel = channel
         self.size_bytes = size_bytes
         self.max_concurrency = max_concurrency if status.limits_concurrency else 0
-        self._name = model_id.encode()
+        self._name = (server_name or model_id).encode()
         self._status = status
         self._let_go = let_go
         self._lost = lost
         # A server of the Open Inference Protocol itself knows nothing of the header mm-model-id.
-        self._inject: dict[str, FieldPath] = dict(OIP_REQUESTS) if inject_oip else {}
+        self._inject: dict[str, FieldPath] = dict(OIP_REQUESTS) if server_name else {}
         self._inject.update({path: at for path, at in status.methods.items() if at is not None})
 
     def admit(self, path: str) -> MeshError | None:
