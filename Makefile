@@ -10,6 +10,8 @@ SHELL := /bin/bash
 VENV := .venv
 # Foreign clients (tritonclient, KServe's) live apart: what they pin is not what we pin.
 CLIENTS := .venv-clients
+# And so does a foreign server that models run in.
+MLSERVER := .venv-mlserver
 BIN := $(VENV)/bin
 SAMPLES_DIR := .mesh/samples
 SAMPLES ?= 300
@@ -37,7 +39,7 @@ samples: setup ## make the sample models (.mesh/samples)
 	@$(BIN)/python -m mesh.samples $(SAMPLES_DIR) --count $(SAMPLES) >/dev/null
 
 .PHONY: test
-test: $(VENV)/.dev-installed $(CLIENTS)/.installed ## all tests, with what they need installed first
+test: $(VENV)/.dev-installed $(CLIENTS)/.installed $(MLSERVER)/.installed ## all tests, with what they need installed first
 	@$(BIN)/python -m pytest $(TEST_FLAGS)
 
 .PHONY: test-unit
@@ -60,7 +62,7 @@ bench: $(VENV)/.bench-installed ## the benchmarks, a table each and JSON in benc
 
 .PHONY: clean
 clean: ## remove .venv, .mesh and what tools left
-	rm -rf $(VENV) $(CLIENTS) .mesh .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis \
+	rm -rf $(VENV) $(CLIENTS) $(MLSERVER) .mesh .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis \
 		build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -107,4 +109,12 @@ $(CLIENTS)/.installed: | $(BIN)/python
 	@$(BIN)/python -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check \
 		'tritonclient[grpc,http]' kserve
+	@touch $@
+
+$(MLSERVER)/.installed: | $(BIN)/python
+	@echo "installing MLServer into $(MLSERVER) ..."
+	@rm -rf $(MLSERVER)
+	@$(BIN)/python -m venv $(MLSERVER)
+	@$(MLSERVER)/bin/python -m pip install --quiet --disable-pip-version-check \
+		mlserver mlserver-sklearn
 	@touch $@
