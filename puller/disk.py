@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
+Chunk = bytes | bytearray | memoryview
+
 
 class Disk(Protocol):
     def free_bytes(self, directory: Path) -> int: ...
@@ -20,11 +22,19 @@ class Disk(Protocol):
         """A descriptor of a new file; parent folders are made. Fails if the file exists."""
         ...
 
-    def write(self, descriptor: int, data: bytes, offset: int) -> None:
+    def reopen(self, path: Path) -> int:
+        """A descriptor of a file that is there, to go on writing."""
+        ...
+
+    def write(self, descriptor: int, data: Chunk, offset: int) -> None:
         """All of ``data`` at ``offset``."""
         ...
 
-    def close(self, descriptor: int, *, sync: bool) -> None: ...
+    def sync(self, descriptor: int) -> None:
+        """Returns when what was written outlives a power cut."""
+        ...
+
+    def close(self, descriptor: int) -> None: ...
 
 
 class RealDisk:
@@ -37,19 +47,21 @@ class RealDisk:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(path, flags, 0o644)
 
-    def write(self, descriptor: int, data: bytes, offset: int) -> None:
+    def reopen(self, path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def write(self, descriptor: int, data: Chunk, offset: int) -> None:
         view = memoryview(data)
         while view:
             written = os.pwrite(descriptor, view, offset)
             view = view[written:]
             offset += written
 
-    def close(self, descriptor: int, *, sync: bool) -> None:
-        try:
-            if sync:
-                os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)
+    def sync(self, descriptor: int) -> None:
+        os.fdatasync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
 
 
 def is_full(error: OSError) -> bool:

@@ -1,10 +1,12 @@
 """Fills a staging folder with the objects of a manifest: several ranged reads at once.
 
 Owns the workers of one download. A read that breaks off goes on at the byte where it stopped;
-what was written stays. Memory is bounded by chunks times workers, because every chunk is on the
-disk before the next is asked for. A file is checked against its MD5 where its ETag is one, and
-against ``SHA256SUMS`` where the artifact brings that file. Leaves the folder to the caller, also
-when it fails: with ``LoadFailed``, ``ObjectChangedError``, or an ``OSError`` of the disk.
+what was written stays, and is noted in the journal, from which the next download of the same
+artifact goes on. Memory is bounded by chunks times workers, because every chunk is on the disk
+before the next is asked for. A file is checked against its MD5 where its ETag is one (while it
+arrives, see ``puller.md5``), and against ``SHA256SUMS`` where the artifact brings that file. Leaves
+the folder to the caller, also when it fails: with ``LoadFailed``, ``ObjectChangedError``, or an
+``OSError`` of the disk.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mesh.core.errors import Code, LoadFailed
 from puller.blocking import BlockingPool
-from puller.disk import Disk
+from puller.disk import Chunk, Disk
+from puller.journal import Journal, Range, missing
 from puller.manifest import (
     SHA256SUMS,
     Manifest,
@@ -26,14 +30,29 @@ from puller.manifest import (
     md5_of,
     parse_sha256sums,
     plan_parts,
+    too_large,
 )
+from puller.md5 import FollowingMd5
+from puller.rate import RateLimit
 from puller.settings import PullerSettings
 from puller.source import Backoff, ObjectChangedError, RemoteSource, TransientSourceError
 
 logger = logging.getLogger(__name__)
 
 Report = Callable[[int, int | None], None]
-Part = tuple["_File", int, int]
+Cover = Callable[[int], None]  # reserves room for so many bytes in all; blocks
+Part = tuple["_File", int, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What the downloads of a process share."""
+
+    settings: PullerSettings
+    disk: Disk
+    pool: BlockingPool
+    slots: asyncio.Semaphore
+    rate: RateLimit
 
 
 @dataclass(slots=True, eq=False)
@@ -41,11 +60,16 @@ class _File:
     entry: ManifestFile
     path: Path
     parts_left: int
+    present: list[Range]  # from an earlier attempt
+    md5: FollowingMd5 | None
+    size_bytes: int  # as far as it is known
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     descriptor: int | None = None
 
 
 class Download:
+    """``sizes`` tells, after ``run``, what the files came to have."""
+
     def __init__(
         self,
         source: RemoteSource,
@@ -53,28 +77,33 @@ class Download:
         directory: Path,
         uri: str,
         *,
-        settings: PullerSettings,
-        disk: Disk,
-        pool: BlockingPool,
-        slots: asyncio.Semaphore,
+        means: Means,
+        journal: Journal,
         report: Report,
+        cover: Cover,
     ) -> None:
         self._source = source
         self._manifest = manifest
         self._directory = directory
         self._uri = uri
-        self._settings = settings
-        self._disk = disk
-        self._pool = pool
-        self._slots = slots  # shared by all downloads of the process
+        self._means = means
+        self._settings = means.settings
+        self._pool = means.pool
+        self._journal = journal
         self._report = report
+        self._cover = cover
         self._total_bytes = manifest.size_bytes
         self._done_bytes = 0
         self._files: list[_File] = []
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {file.entry.path: file.size_bytes for file in self._files}
+
     async def run(self) -> None:
-        self._report(0, self._total_bytes)
-        parts = self._parts()
+        present = await self._pool.run(self._adopt)
+        self._report(self._done_bytes, self._total_bytes)
+        parts = self._parts(present)
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._settings.parallelism):
@@ -85,74 +114,155 @@ class Download:
             await self._pool.run(self._close_all)
         await self._pool.run(self._check_sha256sums)
 
-    def _parts(self) -> Iterator[Part]:
+    def _adopt(self) -> dict[str, list[Range]]:
+        present = self._journal.read(
+            {file.path: file.source.size_bytes for file in self._manifest.files}
+        )
+        if not present:
+            self._journal.forget()
+            shutil.rmtree(self._directory, ignore_errors=True)
+        self._done_bytes = sum(end - start for one in present.values() for start, end in one)
+        if self._done_bytes:
+            logger.info("%s: %d bytes are here already", self._uri, self._done_bytes)
+        return present
+
+    def _parts(self, present: dict[str, list[Range]]) -> Iterator[Part]:
         for entry in self._manifest.files:
-            ranges = plan_parts(entry.source.size_bytes, self._settings.part_bytes) or [(0, 0)]
-            file = _File(entry, self._directory / entry.path, parts_left=len(ranges))
+            size_bytes = entry.source.size_bytes
+            here = present.get(entry.path, [])
+            ranges = self._ranges(entry, here)
+            wanted = md5_of(entry.source)
+            file = _File(
+                entry,
+                self._directory / entry.path,
+                parts_left=len(ranges),
+                present=here,
+                md5=None if wanted is None else FollowingMd5(wanted, here),
+                size_bytes=size_bytes or 0,
+            )
             self._files.append(file)
             for start, end in ranges:
                 yield file, start, end
+
+    def _ranges(self, entry: ManifestFile, here: list[Range]) -> list[tuple[int, int | None]]:
+        size_bytes = entry.source.size_bytes
+        if size_bytes is None or not entry.source.ranges:
+            return [(0, size_bytes)]
+        found: list[tuple[int, int | None]] = []
+        for start, end in missing(here, size_bytes):
+            found += plan_parts(end - start, self._settings.part_bytes, start)
+        return found or [(size_bytes, size_bytes)]  # nothing to read: the file is finished
 
     async def _work(self, parts: Iterator[Part]) -> None:
         for file, start, end in parts:  # shared: each part goes to one worker
             async with file.opening:
                 if file.descriptor is None:
-                    file.descriptor = await self._pool.run(self._disk.create, file.path)
-            await self._read_part(file, start, end)
+                    file.descriptor = await self._pool.run(self._open, file)
+            if end is None or not file.entry.source.ranges:
+                await self._read_whole(file, end)
+            else:
+                await self._read_part(file, start, end)
+                if file.md5 is not None:
+                    await file.md5.follow(self._pool, file.descriptor, (start, end))
             file.parts_left -= 1
             if file.parts_left == 0:
                 await self._finish(file)
 
+    def _open(self, file: _File) -> int:
+        if file.present:
+            return self._means.disk.reopen(file.path)
+        file.path.unlink(missing_ok=True)  # of an earlier attempt, without a byte that counts
+        return self._means.disk.create(file.path)
+
     async def _read_part(self, file: _File, start: int, end: int) -> None:
         backoff = Backoff(self._settings, self._uri)
         offset = start
-        while offset < end:
-            try:
-                async with self._slots:
-                    async for chunk in self._source.read(file.entry.source, offset, end):
-                        if len(chunk) > end - offset:
-                            raise TransientSourceError("the store sent more than was asked for")
-                        await self._pool.run(self._write, file, chunk, offset)
-                        offset += len(chunk)
-                        self._done_bytes += len(chunk)
-                        self._report(self._done_bytes, self._total_bytes)
-                        if chunk:
-                            backoff.progressed()
-                if offset < end:
-                    raise TransientSourceError("the store closed the connection early")
-            except TransientSourceError as error:
-                await backoff.failed(error)
+        try:
+            while offset < end:
+                try:
+                    async with self._means.slots:
+                        async for chunk in self._source.read(file.entry.source, offset, end):
+                            if len(chunk) > end - offset:
+                                raise TransientSourceError("the store sent more than was asked for")
+                            await self._pool.run(self._write, file, chunk, offset)
+                            offset += len(chunk)
+                            self._done(len(chunk))
+                            if chunk:
+                                backoff.progressed()
+                            await self._means.rate.spend(len(chunk))
+                    if offset < end:
+                        raise TransientSourceError("the store closed the connection early")
+                except TransientSourceError as error:
+                    await backoff.failed(error)
+        finally:
+            if offset > start:
+                await self._pool.run(self._journal.add, file.entry.path, start, offset)
 
-    def _write(self, file: _File, chunk: bytes, offset: int) -> None:
+    async def _read_whole(self, file: _File, size_bytes: int | None) -> None:
+        """From a server that gives no part alone: every attempt begins anew."""
+        backoff = Backoff(self._settings, self._uri)
+        most_bytes = self._settings.max_artifact_bytes
+        while True:
+            offset = 0
+            try:
+                async with self._means.slots:
+                    async for chunk in self._source.read(file.entry.source, 0, size_bytes):
+                        offset += len(chunk)
+                        if size_bytes is not None and offset > size_bytes:
+                            raise TransientSourceError("the server sent more than it had said")
+                        if offset > most_bytes:
+                            raise too_large(self._uri, offset, most_bytes)
+                        if size_bytes is None:
+                            await self._pool.run(self._cover, offset)
+                        await self._pool.run(self._write, file, chunk, offset - len(chunk))
+                        self._done(len(chunk))
+                        await self._means.rate.spend(len(chunk))
+                if size_bytes is not None and offset < size_bytes:
+                    raise TransientSourceError("the server closed the connection early")
+                break
+            except TransientSourceError as error:
+                self._done_bytes -= offset
+                await backoff.failed(error)
+        file.size_bytes = offset
+        if file.md5 is not None and file.descriptor is not None:
+            await file.md5.follow(self._pool, file.descriptor, (0, offset))
+
+    def _done(self, size_bytes: int) -> None:
+        self._done_bytes += size_bytes
+        self._report(self._done_bytes, self._total_bytes)
+
+    def _write(self, file: _File, chunk: Chunk, offset: int) -> None:
         assert file.descriptor is not None
-        self._disk.write(file.descriptor, chunk, offset)
+        self._means.disk.write(file.descriptor, chunk, offset)
 
     async def _finish(self, file: _File) -> None:
-        wanted = md5_of(file.entry.source)
-        if wanted is not None:
-            await self._check_md5(file, wanted)
-        await self._pool.run(self._close, file, sync=self._settings.fsync)
+        if file.md5 is not None:
+            await self._check_md5(file, file.md5)
+        await self._pool.run(self._close, file)
 
-    async def _check_md5(self, file: _File, wanted: str) -> None:
+    async def _check_md5(self, file: _File, md5: FollowingMd5) -> None:
         """An ETag that looks like an MD5 is none for objects under KMS, and nothing in the reply
         tells. So a difference is tried once more: the same bytes twice are right, whatever the
         ETag is; different bytes were damaged on the way."""
-        first = await self._pool.run(_digest, file.path, "md5")
-        if first == wanted:
+        assert file.descriptor is not None
+        first = await md5.result(self._pool, file.descriptor)
+        if first == md5.wanted:
             return
-        size_bytes = file.entry.source.size_bytes
+        size_bytes = file.size_bytes
+        await self._pool.run(self._journal.forget)  # what is here is not worth going on with
         self._done_bytes -= size_bytes
         for start, end in plan_parts(size_bytes, self._settings.part_bytes):
             await self._read_part(file, start, end)
         second = await self._pool.run(_digest, file.path, "md5")
-        if second == wanted:
+        if second == md5.wanted:
             logger.warning("%s: %s arrived damaged, read again", self._uri, file.entry.path)
         elif second == first:
             logger.info("%s: the ETag of %s is no MD5", self._uri, file.entry.path)
         else:
+            await self._pool.run(self._journal.forget)
             raise LoadFailed(
                 f"{self._uri}: {file.entry.path!r} arrived damaged twice (MD5 {second}, the "
-                f"store says {wanted})",
+                f"store says {md5.wanted})",
                 code=Code.UNAVAILABLE,
             )
 
@@ -172,14 +282,14 @@ class Download:
                     f"{SHA256SUMS} says {wanted}"
                 )
 
-    def _close(self, file: _File, *, sync: bool) -> None:
+    def _close(self, file: _File) -> None:
         descriptor, file.descriptor = file.descriptor, None
         if descriptor is not None:
-            self._disk.close(descriptor, sync=sync)
+            self._means.disk.close(descriptor)
 
     def _close_all(self) -> None:
         for file in self._files:
-            self._close(file, sync=False)
+            self._close(file)
 
 
 def _digest(path: Path, algorithm: str) -> str:

@@ -25,8 +25,9 @@ _MD5: Final = re.compile(r'"?([0-9a-fA-F]{32})"?')
 @dataclass(frozen=True, slots=True)
 class RemoteObject:
     key: str  # in its bucket
-    size_bytes: int
-    etag: str | None  # as the server sent it, with its quotes
+    size_bytes: int | None  # None: the server does not tell before the end
+    etag: str | None  # as the server sent it, with its quotes; or what else tells versions apart
+    ranges: bool = True  # a part of it can be read alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,14 @@ class Manifest:
     single: bool  # the artifact is that one file, not a folder with it
 
     @property
-    def size_bytes(self) -> int:
-        return sum(file.source.size_bytes for file in self.files)
+    def size_bytes(self) -> int | None:
+        """None when the server does not tell, which only happens to a single file."""
+        total_bytes = 0
+        for file in self.files:
+            if file.source.size_bytes is None:
+                return None
+            total_bytes += file.source.size_bytes
+        return total_bytes
 
     @property
     def version(self) -> str:
@@ -72,7 +79,7 @@ def folder_manifest(prefix: str, objects: Iterable[RemoteObject], uri: str) -> M
         files[path] = ManifestFile(path, source)
     folders = {folder for path in files for folder in _folders_above(path)}
     for folder in folders & files.keys():
-        if files[folder].source.size_bytes > 0:
+        if files[folder].source.size_bytes != 0:
             raise LoadFailed(f"{uri}: {folder!r} is an object and a folder at once")
         del files[folder]  # a marker
     if not files:
@@ -81,18 +88,24 @@ def folder_manifest(prefix: str, objects: Iterable[RemoteObject], uri: str) -> M
 
 
 def check_bounds(manifest: Manifest, uri: str, *, max_bytes: int) -> None:
-    if manifest.size_bytes > max_bytes:
-        raise LoadFailed(
-            f"{uri} has {manifest.size_bytes} bytes, more than the {max_bytes} that an artifact "
-            "may have"
-        )
+    if (manifest.size_bytes or 0) > max_bytes:
+        raise too_large(uri, manifest.size_bytes or 0, max_bytes)
 
 
-def plan_parts(size_bytes: int, part_bytes: int) -> list[tuple[int, int]]:
-    """(start, end) of each ranged read; nothing for an empty object. Even parts, so that the
-    last is not a crumb that costs a round trip."""
+def too_large(uri: str, size_bytes: int, max_bytes: int) -> LoadFailed:
+    return LoadFailed(
+        f"{uri} has {size_bytes} bytes, more than the {max_bytes} that an artifact may have"
+    )
+
+
+def plan_parts(size_bytes: int, part_bytes: int, start: int = 0) -> list[tuple[int, int]]:
+    """(start, end) of each ranged read; nothing for nothing. Even parts, so that the last is not
+    a crumb that costs a round trip."""
     count = -(-size_bytes // part_bytes)
-    return [(size_bytes * i // count, size_bytes * (i + 1) // count) for i in range(count)]
+    return [
+        (start + size_bytes * i // count, start + size_bytes * (i + 1) // count)
+        for i in range(count)
+    ]
 
 
 def md5_of(source: RemoteObject) -> str | None:

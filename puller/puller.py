@@ -1,9 +1,9 @@
 """Brings a model's artifact to this machine's disk: the ``ArtifactSource`` of a serving pod.
 
 Owns who waits for which fetch and who holds which artifact. ``file://`` and ``pvc://`` are used in
-place (``puller.local``); what is remote is downloaded once into the disk cache, whoever and however
-many ask for it: fetches of one location share one flight, and a waiter that is cancelled leaves
-the flight to the others and to the cache.
+place (``puller.local``), but for archives; what is remote is downloaded once into the disk cache,
+whoever and however many ask for it: fetches of one location share one flight, and a waiter that is
+cancelled leaves the flight to the others and to the cache.
 
 The source is asked each time what it has, so a changed artifact is a new cache entry; when it
 cannot be reached, the entry used last serves instead and the log says so. Fails with
@@ -21,21 +21,24 @@ from dataclasses import dataclass, field
 from mesh.artifacts import Artifact, ArtifactRequest
 from mesh.core.errors import Code, LoadFailed
 from puller import local
+from puller.archive import is_archive
+from puller.backends import open_backend
 from puller.blocking import BlockingPool
 from puller.cache import DiskCache, EntryName
 from puller.disk import Disk, RealDisk
 from puller.location import (
     FileLocation,
+    LocalArchiveLocation,
     Location,
     PvcLocation,
-    S3Location,
-    StorageSecret,
-    resolve_location,
+    RemoteLocation,
 )
-from puller.remote import RemoteFetcher, open_backend
+from puller.remote import RemoteFetcher
+from puller.resolve import resolve_location
 from puller.settings import PullerSettings
 from puller.source import OpenSource
 from puller.storage_config import read_storage_config
+from puller.storage_key import StorageSecret
 
 __all__ = ["Puller", "PullerSettings"]
 
@@ -105,14 +108,18 @@ class Puller:
     async def fetch(self, request: ArtifactRequest, progress: Progress | None = None) -> Artifact:
         if self._closed:
             raise LoadFailed("the artifact puller is closed", code=Code.UNAVAILABLE)
-        location = await self._pool.run(self._locate, request)
-        if isinstance(location, S3Location):
-            await self.start()
-            return await self._join_flight(location, progress)
-        artifact = await self._pool.run(self._use_in_place, location)
-        if progress is not None:
-            progress(artifact.size_bytes, artifact.size_bytes)
-        return artifact
+        place = await self._pool.run(self._place, request)
+        if isinstance(place, Artifact):
+            if progress is not None:
+                progress(place.size_bytes, place.size_bytes)
+            return place
+        await self.start()
+        return await self._join_flight(place, progress)
+
+    async def version(self, request: ArtifactRequest) -> str:
+        """Changes whenever the artifact does; "" for what is used in place. Fails as ``fetch``."""
+        place = await self._pool.run(self._place, request)
+        return "" if isinstance(place, Artifact) else await self._fetcher.version(place)
 
     def release(self, artifact: Artifact) -> None:
         held = self._held.pop(id(artifact), None)
@@ -128,6 +135,7 @@ class Puller:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._fetcher.close()
         self._held.clear()
         await self._pool.run(self._cache.close)
         self._pool.close()
@@ -138,6 +146,12 @@ class Puller:
             tasks = [flight.task for flight in self._flights.values() if flight.task is not None]
             await asyncio.wait(tasks)
 
+    def _place(self, request: ArtifactRequest) -> Artifact | RemoteLocation:
+        location = self._locate(request)
+        if isinstance(location, FileLocation | PvcLocation):
+            return self._use_in_place(location)
+        return location
+
     def _locate(self, request: ArtifactRequest) -> Location:
         directory = self._settings.storage_config_dir
         secret = StorageSecret(
@@ -145,14 +159,18 @@ class Puller:
             entries=read_storage_config(directory),
         )
         return resolve_location(
-            request.path, request.key, secret=secret, aws_env=self._settings.aws_env
+            request.path, request.key, secret=secret, store_env=self._settings.store_env
         )
 
-    def _use_in_place(self, location: FileLocation | PvcLocation) -> Artifact:
+    def _use_in_place(
+        self, location: FileLocation | PvcLocation
+    ) -> Artifact | LocalArchiveLocation:
         if isinstance(location, FileLocation):
             path, root = local.locate_file(location, self._settings.file_roots)
         else:
             path, root = local.locate_pvc(location, self._settings.pvc_root)
+        if is_archive(path.name) and path.is_file():
+            return LocalArchiveLocation(location.uri, str(path))
         size_bytes = local.measure(
             path, root, location.uri, max_files=self._settings.max_artifact_files
         )
@@ -163,7 +181,7 @@ class Puller:
             )
         return Artifact(path=path, size_bytes=size_bytes, source=location.uri, cached=True)
 
-    async def _join_flight(self, location: S3Location, progress: Progress | None) -> Artifact:
+    async def _join_flight(self, location: RemoteLocation, progress: Progress | None) -> Artifact:
         flight = self._flights.get(location.identity)
         if flight is None:
             flight = _Flight()
@@ -190,7 +208,7 @@ class Puller:
             if flight.waiting == 0 and task.done():
                 self._end_hold_of(task)
 
-    async def _fly(self, location: S3Location, flight: _Flight) -> tuple[EntryName, Artifact]:
+    async def _fly(self, location: RemoteLocation, flight: _Flight) -> tuple[EntryName, Artifact]:
         """The fetch itself. Its result is held once for the flight, until the last waiter went."""
         try:
             return await self._fetcher.fetch(location, flight.report)

@@ -1,6 +1,6 @@
 """What an operator may set for the puller; built once, in a composition root.
 
-Nothing here reads the environment: ``aws_env`` is handed in as a mapping. A value out of range
+Nothing here reads the environment: ``store_env`` is handed in as a mapping. A value out of range
 fails at construction with its name.
 """
 
@@ -13,6 +13,18 @@ from pathlib import Path
 MIB = 1 << 20
 GIB = 1 << 30
 
+_STORE_VARIABLES = ("AWS_", "AZURE_")
+_STORE_NAMES = ("GOOGLE_APPLICATION_CREDENTIALS", "STORAGE_EMULATOR_HOST")
+
+
+def store_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of a process's environment concerns the stores; for a composition root."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_STORE_VARIABLES) or name in _STORE_NAMES
+    }
+
 
 @dataclass(frozen=True, slots=True)
 class PullerSettings:
@@ -23,12 +35,16 @@ class PullerSettings:
     file_roots: tuple[Path, ...] = ()
     pvc_root: Path = Path("/pvc_mounts")  # where ModelMesh's deployments mount volume claims
     storage_config_dir: Path | None = None  # the mounted `storage-config` secret
-    aws_env: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold secrets
+    # AWS_*, AZURE_*, GOOGLE_APPLICATION_CREDENTIALS, STORAGE_EMULATOR_HOST; may hold secrets
+    store_env: Mapping[str, str] = field(default_factory=dict, repr=False)
     parallelism: int = 8  # ranged reads at once, over all fetches
     part_bytes: int = 8 * MIB  # S3's own advice for ranged reads is 8 to 16 MiB
     chunk_bytes: int = 1 * MIB  # what one read holds in memory before it goes to the disk
+    rate_bytes_per_s: int = 0  # over all fetches; 0 is as fast as it goes
     max_artifact_bytes: int = 100 * GIB
     max_artifact_files: int = 10_000
+    # Beyond what an archive may always unpack to: no model packs better than a hundred to one.
+    max_unpack_ratio: int = 100
     connect_timeout_ms: int = 5_000
     read_timeout_ms: int = 30_000  # silence on an open connection
     request_timeout_ms: int = 600_000  # one ranged read from start to end
@@ -47,6 +63,7 @@ class PullerSettings:
             "chunk_bytes",
             "max_artifact_bytes",
             "max_artifact_files",
+            "max_unpack_ratio",
             "connect_timeout_ms",
             "read_timeout_ms",
             "request_timeout_ms",
@@ -58,8 +75,9 @@ class PullerSettings:
             value = getattr(self, name)
             if value <= 0:
                 raise ValueError(f"PullerSettings.{name} must be positive, it is {value}")
-        if self.changed_restarts_max < 0:
-            raise ValueError("PullerSettings.changed_restarts_max must not be negative")
+        for name in ("changed_restarts_max", "rate_bytes_per_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"PullerSettings.{name} must not be negative")
         for root in self.file_roots:
             if not root.is_absolute():
                 raise ValueError(f"PullerSettings.file_roots: {str(root)!r} is not absolute")

@@ -1,8 +1,8 @@
 """The port between the fetch and a remote store, and how a read that failed is tried again.
 
-A back end (``puller.s3``) turns everything that its library throws into one of three:
-``TransientSourceError`` (may heal: try again), ``ObjectChangedError`` (begin anew with a fresh
-manifest), and ``LoadFailed`` (will not heal; carries the message for the user).
+A back end (``puller.object_store``, ``puller.http``) turns everything that its library throws into
+one of three: ``TransientSourceError`` (may heal: try again), ``ObjectChangedError`` (begin anew
+with a fresh manifest), and ``LoadFailed`` (will not heal; carries the message for the user).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol, TypeVar
 
 from mesh.core.errors import Code, LoadFailed
-from puller.location import S3Location
+from puller.disk import Chunk
+from puller.location import RemoteLocation
 from puller.manifest import Manifest, RemoteObject
 from puller.settings import PullerSettings
 
@@ -31,12 +32,17 @@ class ObjectChangedError(Exception):
 class RemoteSource(Protocol):
     async def manifest(self) -> Manifest: ...
 
-    def read(self, source: RemoteObject, start: int, end: int) -> AsyncIterator[bytes]:
-        """Bytes ``start`` to ``end`` of exactly this version of the object, in pieces."""
+    def read(self, source: RemoteObject, start: int, end: int | None) -> AsyncIterator[Chunk]:
+        """Bytes ``start`` to ``end`` (None: as many as there are) of exactly this version of the
+        object, in pieces of some size."""
+        ...
+
+    async def close(self) -> None:
+        """Nothing more is read."""
         ...
 
 
-OpenSource = Callable[[S3Location], RemoteSource]  # may block
+OpenSource = Callable[[RemoteLocation], RemoteSource]  # may block
 
 
 class Backoff:

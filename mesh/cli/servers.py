@@ -1,8 +1,8 @@
 """`mesh up`, `mesh router`, `mesh instance`: command lines turned into settings, and run.
 
 The environment is read here and nowhere else: every flag of the two servers has a variable
-MESH_<FLAG>, and the standard AWS variables are handed to the puller. Mesh's own words for a wrong
-setting become a usage error (exit 2), which `mesh up` takes as "a restart cannot help".
+MESH_<FLAG>, and the stores' usual ones (AWS_*, AZURE_*, ...) are handed to the puller. Mesh's own
+words for a wrong setting become a usage error (exit 2): for `mesh up`, a restart cannot help.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mesh.cli.server_options import (
     AllowPythonOption,
     CacheSizeOption,
     CapacityOption,
+    DataplaneOption,
     DeviceOption,
     EtcdOption,
     FailureExpiryOption,
@@ -212,6 +213,7 @@ def router(
     policy: PolicyOption = None,
     max_message_size: MessageSizeOption = "16MiB",
     per_model_metrics: PerModelMetricsOption = False,
+    dataplane_config: DataplaneOption = "",
     name: Annotated[
         str, typer.Option(envvar=variable("ROUTER_NAME"), help="Start of the router's id.")
     ] = "router",
@@ -239,6 +241,7 @@ def router(
             name=name,
             tls=tls,
             per_model_metrics=per_model_metrics,
+            dataplane_config=dataplane_config,
             software_version=software_version(),
             policy=policy_from(failure_expiry, policy),
             limits=replace(PUBLIC, max_message_bytes=max_message_size),
@@ -349,7 +352,7 @@ def instance(
     from mesh.instance.settings import InstanceSettings
     from mesh.runtimes.settings import RuntimeSettings
     from mesh.wire.limits import INSIDE
-    from puller.settings import PullerSettings
+    from puller.settings import PullerSettings, store_variables
 
     check_folders(file_root, storage_config, serving_runtime)
     roots = [root.resolve() for root in (file_root or environment_roots())]
@@ -360,7 +363,7 @@ def instance(
                 cache_capacity_bytes=cache_size,
                 file_roots=tuple(roots),
                 storage_config_dir=storage_config,
-                aws_env={k: v for k, v in os.environ.items() if k.startswith("AWS_")},
+                store_env=store_variables(os.environ),
             ),
             host=host,
             port=grpc_port,

@@ -54,7 +54,7 @@ def settings(tmp_path: Path) -> Callable[..., PullerSettings]:
             "parallelism": 4,
             "backoff_base_ms": 1,
             "backoff_max_ms": 2,
-            "aws_env": AWS_KEYS,
+            "store_env": AWS_KEYS,
             "fsync": False,
         }
         return PullerSettings(**{**values, **changes})

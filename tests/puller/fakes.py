@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from puller.disk import RealDisk
+from puller.disk import Chunk, RealDisk
 from puller.location import S3Location
 from puller.manifest import Manifest, RemoteObject, folder_manifest, single_manifest
 from puller.source import ObjectChangedError, TransientSourceError
@@ -81,8 +81,13 @@ class FakeSource:
         assert manifest is not None
         return manifest
 
-    async def read(self, source: RemoteObject, start: int, end: int) -> AsyncIterator[bytes]:
+    async def close(self) -> None:
+        pass
+
+    async def read(self, source: RemoteObject, start: int, end: int | None) -> AsyncIterator[bytes]:
         store = self.store
+        if end is None:
+            end = len(store.objects[source.key])
         store.reads.append((source.key, start, end))
         store.reading.set()
         if store.before_read is not None:
@@ -133,7 +138,7 @@ class FakeDisk(RealDisk):
             return self.stated_free_bytes
         return super().free_bytes(directory)
 
-    def write(self, descriptor: int, data: bytes, offset: int) -> None:
+    def write(self, descriptor: int, data: Chunk, offset: int) -> None:
         with self._lock:
             self.threads.add(threading.get_ident())
             self.writes += 1

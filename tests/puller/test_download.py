@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mesh.core.errors import Code, LoadFailed
+from puller.disk import Chunk
 from puller.source import TransientSourceError
 from tests.puller.conftest import OpenPuller, entries, leftovers, request
 from tests.puller.fakes import WAIT_S, FakeDisk, FakeStore, content
@@ -125,7 +126,7 @@ async def test_memory_is_bounded_by_chunks_in_flight(open_puller: OpenPuller) ->
     most = 0
 
     class Disk(FakeDisk):
-        def write(self, descriptor: int, data: bytes, offset: int) -> None:
+        def write(self, descriptor: int, data: Chunk, offset: int) -> None:
             nonlocal most
             most = max(most, store.yielded - self.writes)
             super().write(descriptor, data, offset)

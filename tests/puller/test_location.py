@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 
 from mesh.core.errors import Code, LoadFailed
-from puller.location import (
-    FileLocation,
-    Location,
-    PvcLocation,
-    S3Location,
-    StorageSecret,
-    resolve_location,
-)
+from puller.location import FileLocation, Location, PvcLocation, S3Location
+from puller.resolve import resolve_location
+from puller.storage_key import StorageSecret
 
 ENTRY = {
     "type": "s3",
@@ -30,7 +25,7 @@ AWS = {"AWS_ACCESS_KEY_ID": "ID-OF-ENV", "AWS_SECRET_ACCESS_KEY": "SECRET-OF-ENV
 
 
 def resolve(
-    path: str, key: Any = "", entries: dict[str, Any] | None = None, **aws_env: str
+    path: str, key: Any = "", entries: dict[str, Any] | None = None, **store_env: str
 ) -> Location:
     texts = {
         name: entry if isinstance(entry, str) else json.dumps(entry)
@@ -40,12 +35,12 @@ def resolve(
         path,
         key if isinstance(key, str) else json.dumps(key),
         secret=StorageSecret("/storage-config", texts),
-        aws_env=aws_env,
+        store_env=store_env,
     )
 
 
-def resolve_s3(path: str, key: Any = "", entries: Any = None, **aws_env: str) -> S3Location:
-    location = resolve(path, key, entries, **aws_env)
+def resolve_s3(path: str, key: Any = "", entries: Any = None, **store_env: str) -> S3Location:
+    location = resolve(path, key, entries, **store_env)
     assert isinstance(location, S3Location)
     return location
 
@@ -80,12 +75,12 @@ def test_local_uris(path: str, expected: Location) -> None:
         ("s3://bucket/a/../b", "'..'"),
         ("s3:///a", "no bucket|not the name"),
         ("s3://bad bucket/a", "not the name of a bucket"),
-        ("gs://b/x", "gs:// is not supported yet"),
-        ("https://h/x", "https:// is not supported yet"),
-        ("hf://org/model", "hf:// is not supported yet"),
-        ("oci://h/x", "oci:// is not supported yet"),
-        ("azure://c/x", "azure:// is not supported yet"),
-        ("bogus://x", "bogus:// is not supported yet"),
+        ("gs://b/../x", "not the name of a bucket"),
+        ("hf://org/model", "hf:// is not supported: copy the repository into a bucket"),
+        ("oci://h/x", "oci:// is not supported: copy the model out of the image"),
+        ("hdfs://h/x", "hdfs:// is not supported: .* mount it as a volume"),
+        ("webhdfs://h/x", "webhdfs:// is not supported: copy it into a bucket"),
+        ("bogus://x", "bogus:// is not supported: .* can be at file://, pvc://, s3://, gs://"),
         ("models/a", "not a URI"),
         ("", "not a URI"),
     ],
@@ -96,7 +91,7 @@ def test_paths_that_are_refused(path: str, says: str) -> None:
     assert caught.value.code is Code.FAILED_PRECONDITION
 
 
-def test_s3_uri_with_the_aws_environment() -> None:
+def test_s3_uri_with_the_store_environment() -> None:
     location = resolve_s3(
         "s3://b1/models/a/",
         AWS_SESSION_TOKEN="TOKEN",
@@ -221,9 +216,8 @@ def test_a_claim_by_storage_key() -> None:
         ({"storage_key": "nope"}, {}, "it has no entries"),
         ({"storage_key": "k"}, {"k": "{broken"}, "entry 'k' .* is not a JSON object"),
         ({"storage_key": "k"}, {"k": {"bucket": "b1"}}, "'k' has no 'type'"),
-        ({"storage_key": "k"}, {"k": {"type": "gcs"}}, "'gcs' .* not supported yet"),
-        ({"storage_key": "k"}, {"k": {"type": "azure"}}, "'azure' .* not supported yet"),
-        ({"storage_key": "k"}, {"k": {"type": "http"}}, "'http' .* not supported yet"),
+        ({"storage_key": "k"}, {"k": {"type": "hdfs"}}, "'hdfs' .* is not supported: copy it"),
+        ({"storage_key": "k"}, {"k": {"type": "ftp"}}, "'ftp' .* supported are s3, gcs, azure"),
         ({"storage_key": "k"}, {"k": {"type": "s3"}}, "no bucket"),
         ({"storage_key": "k"}, {"k": {**ENTRY, "region": 5}}, "'region' of storage key 'k'"),
         ({"storage_key": "k"}, {"k": {**ENTRY, "endpoint_url": "minio:9000"}}, "http://"),

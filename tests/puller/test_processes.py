@@ -28,7 +28,7 @@ from puller.puller import Puller, PullerSettings
 async def main() -> None:
     cache_dir, uri, env = sys.argv[1:]
     puller = Puller(PullerSettings(
-        cache_dir=Path(cache_dir), cache_capacity_bytes=300_000, aws_env=json.loads(env),
+        cache_dir=Path(cache_dir), cache_capacity_bytes=300_000, store_env=json.loads(env),
         part_bytes=10_000, chunk_bytes=1_000, parallelism=2, fsync=False,
     ))
     def progress(done, total):

@@ -42,7 +42,7 @@ async def test_a_folder_with_odd_names(
     s3.put_object(Bucket=bucket, Key="models/m 1/", Body=b"")  # markers, as consoles make them
     s3.put_object(Bucket=bucket, Key="models/m 1/sub/", Body=b"")
     s3.put_object(Bucket=bucket, Key="models/m 10/other", Body=b"not mine")
-    artifact = await open_puller(aws_env=moto_env).fetch(request(f"s3://{bucket}/models/m 1"))
+    artifact = await open_puller(store_env=moto_env).fetch(request(f"s3://{bucket}/models/m 1"))
     found = {
         str(path.relative_to(artifact.path)): path.read_bytes()
         for path in artifact.path.rglob("*")
@@ -55,7 +55,7 @@ async def test_a_single_object(
     open_puller: OpenPuller, s3: Any, bucket: str, moto_env: Env
 ) -> None:
     s3.put_object(Bucket=bucket, Key="a/model.onnx", Body=content(25_000))
-    puller = open_puller(aws_env=moto_env)
+    puller = open_puller(store_env=moto_env)
     artifact = await puller.fetch(request(f"s3://{bucket}/a/model.onnx"))
     assert artifact.path.name == "model.onnx"
     assert artifact.path.read_bytes() == content(25_000)
@@ -65,7 +65,7 @@ async def test_a_single_object(
 
 async def test_a_whole_bucket(open_puller: OpenPuller, s3: Any, bucket: str, moto_env: Env) -> None:
     s3.put_object(Bucket=bucket, Key="x/y", Body=b"1")
-    artifact = await open_puller(aws_env=moto_env).fetch(request(f"s3://{bucket}"))
+    artifact = await open_puller(store_env=moto_env).fetch(request(f"s3://{bucket}"))
     assert (artifact.path / "x/y").read_bytes() == b"1"
 
 
@@ -87,7 +87,7 @@ async def test_a_multipart_object_whose_etag_is_no_md5(
         },
     )
     puller = open_puller(
-        aws_env=moto_env, part_bytes=1 << 20, chunk_bytes=1 << 18, cache_capacity_bytes=1 << 25
+        store_env=moto_env, part_bytes=1 << 20, chunk_bytes=1 << 18, cache_capacity_bytes=1 << 25
     )
     artifact = await puller.fetch(request(f"s3://{bucket}/m"))
     assert artifact.path.read_bytes() == b"".join(parts)
@@ -100,10 +100,10 @@ async def test_more_objects_than_one_page_lists(
     for i in range(35):
         s3.put_object(Bucket=bucket, Key=f"m/{i:04}", Body=b"x")
     assert s3.list_objects_v2(Bucket=bucket)["KeyCount"] == 10
-    few = open_puller(aws_env=moto_env, max_artifact_files=34)
+    few = open_puller(store_env=moto_env, max_artifact_files=34)
     refused = await failure(few, f"s3://{bucket}/m")
     assert "more than 34 objects" in refused.message
-    artifact = await open_puller(aws_env=moto_env).fetch(request(f"s3://{bucket}/m"))
+    artifact = await open_puller(store_env=moto_env).fetch(request(f"s3://{bucket}/m"))
     assert artifact.size_bytes == len(list(artifact.path.iterdir())) == 35
 
 
@@ -120,7 +120,7 @@ async def test_through_a_storage_key(
     }
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/local").write_text(json.dumps(entry))
-    puller = open_puller(storage_config_dir=tmp_path / "secret", aws_env={})
+    puller = open_puller(storage_config_dir=tmp_path / "secret", store_env={})
     key = json.dumps({"storage_key": "local", "storage_params": {"bucket": bucket}})
     artifact = await puller.fetch(request("dir/m", key))
     assert artifact.path.read_bytes() == b"model"
@@ -140,14 +140,14 @@ async def test_this_process_environment_has_no_say(
     }.items():
         monkeypatch.setenv(name, value)
     s3.put_object(Bucket=bucket, Key="m", Body=b"model")
-    artifact = await open_puller(aws_env=moto_env).fetch(request(f"s3://{bucket}/m"))
+    artifact = await open_puller(store_env=moto_env).fetch(request(f"s3://{bucket}/m"))
     assert artifact.path.read_bytes() == b"model"
 
 
 async def test_missing_things_are_final_and_named(
     open_puller: OpenPuller, s3: Any, bucket: str, moto_env: Env, cache_dir: Path
 ) -> None:
-    puller = open_puller(aws_env=moto_env)
+    puller = open_puller(store_env=moto_env)
     s3.put_object(Bucket=bucket, Key="only-a-marker/", Body=b"")
     for path, says in (
         (f"s3://{bucket}/nope", "does not exist"),
@@ -167,7 +167,7 @@ async def test_object_names_that_would_escape_are_refused(
 ) -> None:
     s3.put_object(Bucket=bucket, Key=f"m/{name}", Body=b"evil")
     s3.put_object(Bucket=bucket, Key="m/good", Body=b"good")
-    error = await failure(open_puller(aws_env=moto_env), f"s3://{bucket}/m")
+    error = await failure(open_puller(store_env=moto_env), f"s3://{bucket}/m")
     assert error.code is Code.FAILED_PRECONDITION
     assert "unsafe" in error.message
     assert leftovers(cache_dir) == entries(cache_dir) == []
@@ -180,7 +180,7 @@ async def test_dropped_connections_are_resumed(
     s3.put_object(Bucket=bucket, Key="m", Body=data)
     relay = Relay(moto_endpoint, cut_after_bytes=12_000, cuts=6)
     async with relaying(relay) as endpoint:
-        puller = open_puller(aws_env=env(endpoint), part_bytes=50_000, attempts_max=8)
+        puller = open_puller(store_env=env(endpoint), part_bytes=50_000, attempts_max=8)
         artifact = await puller.fetch(request(f"s3://{bucket}/m"))
     assert artifact.path.read_bytes() == data
     assert relay.cuts_left == 0
@@ -202,7 +202,7 @@ async def test_a_changed_object_is_noticed_by_its_etag(
     relay = Changing(moto_endpoint, cut_after_bytes=20_000, cuts=1)
     async with relaying(relay) as endpoint:
         puller = open_puller(
-            aws_env=env(endpoint), part_bytes=60_000, parallelism=1, backoff_base_ms=50
+            store_env=env(endpoint), part_bytes=60_000, parallelism=1, backoff_base_ms=50
         )
         artifact = await puller.fetch(request(f"s3://{bucket}/m"))
     assert artifact.path.read_bytes() == new
@@ -215,7 +215,7 @@ async def test_every_read_names_its_version(
     etag = s3.put_object(Bucket=bucket, Key="m", Body=content(40_000))["ETag"]
     relay = Relay(moto_endpoint)
     async with relaying(relay) as endpoint:
-        await open_puller(aws_env=env(endpoint)).fetch(request(f"s3://{bucket}/m"))
+        await open_puller(store_env=env(endpoint)).fetch(request(f"s3://{bucket}/m"))
     sent = relay.requests.decode().lower()
     assert sent.count("range: bytes=") == 4
     assert sent.count(f"if-match: {etag}") == 4
@@ -227,7 +227,7 @@ async def test_an_unreachable_store_is_unavailable(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        error = await failure(open_puller(aws_env=env(endpoint)), "s3://bucket/m")
+        error = await failure(open_puller(store_env=env(endpoint)), "s3://bucket/m")
     assert error.code is Code.UNAVAILABLE
     assert endpoint in error.message
     assert "no connection" in error.message
@@ -236,7 +236,7 @@ async def test_an_unreachable_store_is_unavailable(
 
 async def test_a_store_that_never_answers_is_unavailable(open_puller: OpenPuller) -> None:
     async with answering("", silent=True) as endpoint:
-        puller = open_puller(aws_env=env(endpoint), read_timeout_ms=50, attempts_max=2)
+        puller = open_puller(store_env=env(endpoint), read_timeout_ms=50, attempts_max=2)
         error = await failure(puller, "s3://bucket/m")
     assert error.code is Code.UNAVAILABLE
     assert "time-out" in error.message
@@ -261,7 +261,7 @@ async def test_what_a_store_may_answer(
     open_puller: OpenPuller, status: str, s3_code: str, code: Code, says: str
 ) -> None:
     async with answering(status, f"<Error><Code>{s3_code}</Code></Error>") as endpoint:
-        puller = open_puller(aws_env=env(endpoint), attempts_max=2)
+        puller = open_puller(store_env=env(endpoint), attempts_max=2)
         error = await failure(puller, "s3://bucket/m")
     assert error.code is code
     assert says in error.message
@@ -271,7 +271,7 @@ async def test_what_a_store_may_answer(
 
 async def test_anonymous_and_refused_says_what_to_do(open_puller: OpenPuller) -> None:
     async with answering("403 Forbidden") as endpoint:
-        puller = open_puller(aws_env={"AWS_ENDPOINT_URL": endpoint})
+        puller = open_puller(store_env={"AWS_ENDPOINT_URL": endpoint})
         error = await failure(puller, "s3://bucket/m")
     assert "no credentials were given" in error.message
 
@@ -284,12 +284,12 @@ async def test_tls_with_a_certificate_of_ones_own(
     (tmp_path / "ca.pem").write_text(pem)
     (tmp_path / "secret").mkdir()
     async with relaying(Relay(moto_endpoint), context) as endpoint:
-        distrusting = open_puller(aws_env=env(endpoint))
+        distrusting = open_puller(store_env=env(endpoint))
         error = await failure(distrusting, f"s3://{bucket}/m")
         assert error.code is Code.FAILED_PRECONDITION
         assert "certificate" in error.message
         by_bundle = open_puller(
-            aws_env={**env(endpoint), "AWS_CA_BUNDLE": str(tmp_path / "ca.pem")}
+            store_env={**env(endpoint), "AWS_CA_BUNDLE": str(tmp_path / "ca.pem")}
         )
         artifact = await by_bundle.fetch(request(f"s3://{bucket}/m"))
         assert artifact.path.read_bytes() == b"model"
@@ -297,7 +297,7 @@ async def test_tls_with_a_certificate_of_ones_own(
         (tmp_path / "secret/k").write_text(
             json.dumps({**entry, "access_key_id": "k", "secret_access_key": "s"})
         )
-        by_key = open_puller(storage_config_dir=tmp_path / "secret", aws_env={})
+        by_key = open_puller(storage_config_dir=tmp_path / "secret", store_env={})
         assert not (await by_key.fetch(request("m", '{"storage_key": "k"}'))).cached
-    missing = open_puller(aws_env={**env(endpoint), "AWS_CA_BUNDLE": "/nope.pem"})
+    missing = open_puller(store_env={**env(endpoint), "AWS_CA_BUNDLE": "/nope.pem"})
     assert "'/nope.pem' cannot be read" in (await failure(missing, f"s3://{bucket}/m")).message
