@@ -69,6 +69,8 @@ _HEADS_MAX: Final = 100
 # Version numbers are int64 in Triton's protocol.
 _VERSION_DIGITS: Final = 18
 _SHOWN: Final = 5
+_PATH_CHARS: Final = 1024
+_NAME_BYTES: Final = 255
 
 # How xgboost's files begin. In UBJSON the key's length (7) comes before it, in 8, 4, 2 bytes or 1.
 _LEARNER_JSON: Final = re.compile(
@@ -87,6 +89,16 @@ def is_version(name: str) -> bool:
     """Whether a folder's name is a version: a whole number, leading zeros allowed (KServe's
     TensorFlow samples have ``0001``)."""
     return name.isascii() and name.isdigit() and len(name) <= _VERSION_DIGITS
+
+
+def is_inside(name: str) -> bool:
+    """Whether a description's name of a file can only be below the folder it is meant for (links
+    apart), and is one that a file system takes."""
+    path = PurePath(name)
+    fits = len(name) <= _PATH_CHARS and all(
+        len(part.encode()) <= _NAME_BYTES for part in path.parts
+    )
+    return fits and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def format_of_file(name: str, head_of: HeadOf) -> str:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 from mesh.core.errors import LoadFailed
-from mesh.formats import CONFIG_PBTXT, FORMATS
+from mesh.formats import CONFIG_PBTXT, FORMATS, is_inside
 from mesh.runtimes.api import ModelOptions, TensorSpec, WarmUp
 from mesh.runtimes.warm_up import check_warm_ups
 
@@ -136,8 +136,7 @@ def _known(name: str, field: str, formats: dict[str, str]) -> str:
 
 def _file_name(name: str, field: str) -> str:
     """A relative path inside the version's folder, "" when it is not said."""
-    path = PurePosixPath(name)
-    if name and (path.is_absolute() or ".." in path.parts or "\0" in name or len(name) > 1024):
+    if not is_inside(name):
         raise _fault(field, f"expected a name inside the version's folder; found {name[:100]!r}")
     return name
 
@@ -257,8 +256,8 @@ def _warm_up(sample: Any, field: str, batched: bool, folder: Path) -> WarmUp:
         if said.WhichOneof("input_data_type") == "input_data_file":
             file = _file_name(said.input_data_file, f"{at}.input_data_file")
             data[name] = folder / WARM_UP_FOLDER / file
-            inside = data[name].resolve().is_relative_to(folder.resolve())
-            if not (inside and data[name].is_file()):
+            there = data[name].is_file()
+            if not (there and data[name].resolve().is_relative_to(folder.resolve())):
                 raise _fault(
                     f"{at}.input_data_file", f"there is no file {file!r} in {WARM_UP_FOLDER}/"
                 )

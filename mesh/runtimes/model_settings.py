@@ -16,7 +16,7 @@ from typing import Any, Final
 import orjson
 
 from mesh.core.errors import InvalidArgument, LoadFailed
-from mesh.formats import ALIASES, FORMATS, MODEL_SETTINGS
+from mesh.formats import ALIASES, FORMATS, MODEL_SETTINGS, is_inside
 from mesh.manifest_fields import Fields, wrong
 from mesh.oip.datatypes import DATATYPES
 from mesh.runtimes.api import ModelOptions, TensorSpec
@@ -31,7 +31,6 @@ _FORMAT_OF_IMPLEMENTATION: Final[dict[str, str]] = {
 }
 _BATCH_MAX: Final = 1 << 31
 _NAME_MAX_CHARS: Final = 128
-_URI_MAX_CHARS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +150,14 @@ def _max_latency_us(top: Fields) -> int | None:
 
 def _uri(parameters: Fields) -> str:
     uri = parameters.text("uri")
-    path = PurePosixPath(uri)
-    outside = path.is_absolute() or ".." in path.parts
-    if outside or "://" in uri or "\0" in uri or len(uri) > _URI_MAX_CHARS:
+    if not is_inside(uri) or "://" in uri:
         raise wrong(
             parameters.at("uri"),
             f"a path relative to {MODEL_SETTINGS}, inside the model's artifact",
             uri,
         )
-    return "" if str(path) == "." else str(path)
+    path = str(PurePosixPath(uri))
+    return "" if path == "." else path
 
 
 def _version(parameters: Fields) -> str:
