@@ -47,6 +47,7 @@ from router.admin import Admin
 from router.admin_decisions import DecisionsAdmin
 from router.admin_settings import SettingsAdmin
 from router.catalog import Catalog
+from router.dataplane import Dataplane
 from router.dispatch import Dispatcher
 from router.gateway import Gateway
 from router.gauges import report
@@ -175,8 +176,14 @@ class Router:
             self.router_id, view, self.decisions.decisions, self.peers, self.roster
         )
         self.sync = ViewSync(store, view, on_step=self._stepped)
+        said = settings.dataplane_config
+        self.dataplane = Dataplane(said) if said else None
         self.relay = Relay(
-            self.dispatcher, peek=RELAYED, idempotent=IDEMPOTENT, limits=settings.limits
+            self.dispatcher,
+            peek=RELAYED,
+            idempotent=IDEMPOTENT,
+            limits=settings.limits,
+            rpcs=self.dataplane.read() if self.dataplane is not None else None,
         )
         self.server = Server(self._methods(), limits=settings.limits, fallback=self.relay)
         self.failed: asyncio.Future[None] | None = None
@@ -378,6 +385,8 @@ class Router:
         while True:
             await asyncio.sleep(UPKEEP_S)
             await self.peers.prune()
+            if self.dataplane is not None:
+                self.relay.rpcs = await asyncio.to_thread(self.dataplane.again)
             self.dispatcher.prune()
             if len(self.view.models) > _FREEZE_GROWTH * self._frozen_models + _FREEZE_MIN:
                 self._freeze()

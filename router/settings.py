@@ -37,6 +37,8 @@ class RouterSettings:
     drain_notice_ms: int = 500  # goes on serving for so long after it has told that it leaves
     drain_timeout_ms: int = 20_000  # then for so long at most lets requests in flight finish
     per_model_metrics: bool = False
+    # ModelMesh's DataplaneApiConfig: a file, read again when it changes, or its JSON; "": none.
+    dataplane_config: str = ""
     software_version: str = "0.1.0"
     policy: Policy = field(default_factory=Policy)
     limits: Limits = PUBLIC

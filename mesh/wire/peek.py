@@ -150,3 +150,89 @@ def _varint(data: bytes, position: int, have: int) -> tuple[int, int]:
 
 def _broken() -> MeshError:
     return InvalidArgument("the request is not a protobuf message with a model_name in field 1")
+
+
+# ---- at any path, for a router that is told one ----
+
+
+class NoNameInMessage(InvalidArgument):
+    """The message is a message, and has no name where one is looked for."""
+
+
+def peek_at_path(
+    data: bytes, encoding: bytes, limit: int, path: tuple[int, ...], *, ended: bool
+) -> Peeked:
+    """As ``peek_model_name``, with the name at ``path``. Raises NoNameInMessage once it is known
+    that there is none."""
+    if len(data) < PREFIX_BYTES:
+        if ended:
+            raise InvalidArgument("the request ended before its message did")
+        return _MORE
+    length = int.from_bytes(data[1:5], "big")
+    if length > limit:
+        check_size(length, limit)
+    whole = len(data) >= PREFIX_BYTES + length
+    if data[0] == 0:
+        name = _scan_path(data, PREFIX_BYTES, PREFIX_BYTES + length, path)
+        complete = whole
+    else:
+        content, complete = _inflate(data[PREFIX_BYTES : PREFIX_BYTES + length], data[0], encoding)
+        name = _scan_path(content, 0, len(content) if complete else _UNKNOWN_END, path)
+    if ended and not whole:
+        raise InvalidArgument("the request ended before its message did")
+    if not name:
+        if not whole:
+            return _MORE
+        raise NoNameInMessage(
+            f"the request names no model: set the string at field path {list(path)}, "
+            "or the header mm-model-id"
+        )
+    try:
+        return name.decode("utf-8"), complete
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"the string at field path {list(path)} is not UTF-8") from None
+
+
+def _scan_path(data: bytes, position: int, end: int, path: tuple[int, ...]) -> bytes | None:
+    """The last complete string at ``path`` in what is here of the message up to ``end``."""
+    tag_wanted = path[0] << 3 | 2
+    name: bytes | None = None
+    groups: list[int] = []
+    have = min(end, len(data))
+    while position < have:
+        tag, position = _varint(data, position, have)
+        if position < 0:
+            return name
+        kind = tag & 7
+        if kind == 2:
+            size, position = _varint(data, position, have)
+            if position < 0:
+                return name
+            if position + size > end:
+                raise _broken_at(path)
+            if tag == tag_wanted and not groups:
+                if len(path) > 1:
+                    inner = _scan_path(data, position, position + size, path[1:])
+                    name = inner if inner is not None else name
+                elif position + size <= have:
+                    name = data[position : position + size]
+            position += size
+        elif kind == 0:
+            _, position = _varint(data, position, have)
+            if position < 0:
+                return name
+        elif kind == 5:
+            position += 4
+        elif kind == 1:
+            position += 8
+        elif kind == 3 and len(groups) < _GROUPS_MAX:
+            groups.append(tag >> 3)
+        elif kind != 4 or not groups or groups.pop() != tag >> 3:
+            raise _broken_at(path)
+    return name
+
+
+def _broken_at(path: tuple[int, ...]) -> MeshError:
+    return InvalidArgument(
+        f"the request is not a protobuf message with a model's name at field path {list(path)}"
+    )

@@ -21,11 +21,12 @@ from mesh.wire.head import RequestHead
 from mesh.wire.limits import Limits
 from mesh.wire.outbound import Outbound
 from mesh.wire.relay_call import RelayCall
+from mesh.wire.relay_rpcs import ConfiguredCall, Rpcs
 from mesh.wire.relay_up import RelayUp
 from mesh.wire.stream import Stream
 from mesh.wire.upstream import Failure, Upstream
 
-__all__ = ["Dispatcher", "Failure", "HeldBudget", "Relay", "RelayCall", "Upstream"]
+__all__ = ["Dispatcher", "Failure", "HeldBudget", "Relay", "RelayCall", "Rpcs", "Upstream"]
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class Relay:
 
     ``idempotent`` paths may be retried after delivery, until a byte of a reply was passed on.
     ``peek`` paths take the model from field 1 of the first message when no header names it; other
-    paths must name it by header.
+    paths must name it by header. ``rpcs``, where given, says so of each method instead.
     """
 
     def __init__(
@@ -88,11 +89,14 @@ class Relay:
         idempotent: frozenset[str],
         limits: Limits,
         held_bytes_max: int = 256 * 1024,
+        rpcs: Rpcs | None = None,
     ) -> None:
         self.dispatcher = dispatcher
         self.peek = peek
         self.idempotent = idempotent
         self.limits = limits
+        self.rpcs = rpcs  # may be replaced by others while it runs, but not by None
+        self._call: type[RelayCall] = RelayCall if rpcs is None else ConfiguredCall
         self.held_bytes_max = max(held_bytes_max, limits.stream_window_bytes)
         self.budget = HeldBudget(limits.max_buffered_bytes_total)
 
@@ -100,7 +104,7 @@ class Relay:
         self, conn: Outbound, stream_id: int, head: RequestHead, end: bool
     ) -> Stream | None:
         """``Server`` calls this for a path that none of its methods has."""
-        call = RelayCall(conn, stream_id, head, self)
+        call = self._call(conn, stream_id, head, self)
         call.remote_closed = end
         conn.streams[stream_id] = call
         call._request_ended = end

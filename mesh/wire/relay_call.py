@@ -95,6 +95,8 @@ class RelayCall(Stream):
         if head.timeout_s is not None:
             self.deadline_s = conn.now_s + head.timeout_s
 
+    _name_in = staticmethod(peek_model_name)
+
     # ------------------------------------------------------------------ from the client
 
     def begin(self) -> None:
@@ -173,7 +175,7 @@ class RelayCall(Stream):
             return
         data = held[0] if len(held) == 1 else b"".join(held)
         try:
-            name, whole = peek_model_name(
+            name, whole = self._name_in(
                 data,
                 self.head.encoding,
                 relay.limits.max_message_bytes,
