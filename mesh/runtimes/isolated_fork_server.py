@@ -214,6 +214,7 @@ class ForkServer:
             )
         except asyncio.CancelledError:
             process.kill()
+            await asyncio.shield(process.ended)
             raise
         if process.ended.done():
             raise LoadFailed(

@@ -78,6 +78,10 @@ class IsolatedModel:
         )
 
     @property
+    def model_id(self) -> str:
+        return self._spec.model_id
+
+    @property
     def pid(self) -> int:
         """Of its process now; 0: there is none."""
         process = self._process
