@@ -191,6 +191,19 @@ CacheSizeOption = Annotated[
         help="Disk for fetched artifacts.",
     ),
 ]
+DataplaneOption = Annotated[
+    str,
+    typer.Option(
+        "--dataplane-config",
+        envvar=[
+            variable("DATAPLANE_CONFIG"),
+            "MM_DATAPLANE_CONFIG",
+            "MM_DATAPLANE_CONFIG_PATH",
+        ],
+        metavar="FILE",
+        help="ModelMesh's DataplaneApiConfig: the methods of clients, and where they name a model.",
+    ),
+]
 PerModelMetricsOption = Annotated[
     bool,
     typer.Option(
