@@ -47,7 +47,7 @@ class Watch:
         self._loop = asyncio.get_running_loop()
         self._memory_bytes = limits.worker_memory_bytes + process.base_bytes
         self._loading = True
-        self._running = 0  # inferences, by the last answer
+        self._in_doubt = False  # something may be inside: nobody has said since that nothing is
         self._unwanted_since_s = 0.0  # more of them than anybody waits for; 0.0: no
         self._asked_s = 0.0  # the Ping under way; 0.0: none
         self._cpu_ms = 0
@@ -65,6 +65,7 @@ class Watch:
 
     def hurry(self) -> None:
         """Requests have come: look often."""
+        self._in_doubt = True
         if self._slow and self._timer is not None:
             self._timer.cancel()
             self._next_ping_s = monotonic() + _PING_EVERY_S
@@ -96,8 +97,7 @@ class Watch:
         if now_s - self._due_s > _LATE_S and self._asked_s:
             self._asked_s = self._idle_cpu_since_s = now_s
         self._look_for_hangs(now_s)
-        busy = self._in_flight() or self._running or self._asked_s
-        self._schedule(_BUSY_S if busy else _IDLE_S)
+        self._schedule(_BUSY_S if self._in_doubt else _IDLE_S)
 
     def _look_for_hangs(self, now_s: float) -> None:
         limits = self._limits
@@ -107,7 +107,7 @@ class Watch:
             self._process.kill(isolated_limits.abandoned(limits.abandoned_timeout_ms))
         elif self._asked_s:
             self._look_at_silence(now_s)
-        elif now_s >= self._next_ping_s and (self._in_flight() or self._running):
+        elif now_s >= self._next_ping_s and self._in_doubt:
             self._next_ping_s = now_s + _PING_EVERY_S
             self._asked_s = self._idle_cpu_since_s = now_s
             self._cpu_ms = cpu_ms(self._process.pid)
@@ -123,6 +123,8 @@ class Watch:
             self._process.kill(isolated_limits.inference_took_too_long(limits.infer_timeout_ms))
         elif self._over(now_s, self._idle_cpu_since_s, limits.silence_timeout_ms):
             self._process.kill(isolated_limits.silent(limits.silence_timeout_ms))
+        elif self._ping is None or self._ping.done():
+            self._ping = self._loop.create_task(self._ask())
 
     @staticmethod
     def _over(now_s: float, since_s: float, limit_ms: int) -> bool:
@@ -131,12 +133,11 @@ class Watch:
     async def _ask(self) -> None:
         try:
             pulse = Pulse.decode((await self._control.unary(PING_PATH, b"")).message)
-        except MeshError:  # the process ends, or is asked again
-            self._asked_s = 0.0
+        except MeshError:  # asked again; what cannot be reached at all is as silent
             return
         now_s = monotonic()
         self._asked_s = 0.0
-        self._running = pulse.running
+        self._in_doubt = bool(pulse.running or self._in_flight())
         if pulse.running <= self._in_flight():
             self._unwanted_since_s = 0.0
         elif not self._unwanted_since_s:

@@ -44,6 +44,8 @@ class Model:
                 threading.Event().wait()
             case "sleep with the lock":
                 ctypes.PyDLL(None).sleep(1_000_000)
+            case "close everything":
+                os.closerange(3, 1_000)
             case "raise":
                 raise RuntimeError("no such luck")
             case "start a child":

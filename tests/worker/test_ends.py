@@ -27,6 +27,11 @@ def unloads(what: str) -> str:
     )
 
 
+def children_of(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
 async def test_an_unload_ends_the_process(workers: Isolation) -> None:
     model = await workers.load("model")
     pid = model.pid
@@ -55,8 +60,7 @@ async def test_an_unload_of_a_model_that_is_being_brought_back_leaves_nothing(
     await workers.fail(model, "segfault")
     await asyncio.to_thread(model.unload)
     fork_server = workers.runtime.fork_server_pid("python")
-    children = Path(f"/proc/{fork_server}/task/{fork_server}/children").read_text().split()
-    assert not [pid for pid in map(int, children) if alive(pid)]
+    assert not [pid for pid in children_of(fork_server) if alive(pid)]
 
 
 async def test_a_closed_runtime_leaves_no_process_and_no_file(tmp_path: Path) -> None:

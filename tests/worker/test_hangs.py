@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.core.errors import Code
+from mesh.core.errors import Code, MeshError
 
 from .isolation import isolation
 
@@ -34,6 +34,15 @@ async def test_an_inference_that_nobody_waits_for_is_ended(tmp_path: Path) -> No
         pid = model.pid
         error = await workers.fail(model, "sleep", timeout_s=0.2)
         assert error.code is Code.DEADLINE_EXCEEDED
+        await workers.until(lambda: model.pid not in (0, pid))
+        assert await workers.ask(model) == [2.0, 4.0]
+
+
+async def test_a_process_that_cannot_be_reached_any_more_is_ended(tmp_path: Path) -> None:
+    async with isolation(tmp_path, silence_timeout_ms=500, infer_timeout_ms=3_000) as workers:
+        model = await workers.load("cut off")
+        pid = model.pid
+        assert isinstance(await workers.call(model, "close everything"), MeshError)
         await workers.until(lambda: model.pid not in (0, pid))
         assert await workers.ask(model) == [2.0, 4.0]
 

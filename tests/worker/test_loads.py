@@ -1,4 +1,4 @@
-"""Loads that take too much or too long, or end their process: the cause is told, nothing is left."""
+"""Loads that take too much or too long, or end their process: told is why, left is nothing."""
 
 from __future__ import annotations
 
