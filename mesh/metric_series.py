@@ -23,6 +23,7 @@ AGE_MS_BUCKETS: Final = tuple(
     )
 )  # fmt: skip
 MESSAGE_BYTES_BUCKETS: Final = tuple(128 * 4**n for n in range(8))
+BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 MODEL_BYTES_BUCKETS: Final = tuple(256 * 1024 * 4**n for n in range(8))
 
 
@@ -180,6 +181,9 @@ SERIES: Final[tuple[Series, ...]] = (
     _gauge("loading", "mesh_loading_models", "Loads under way", _INSTANCE),
     _gauge("queued", "mesh_queued_requests", "Requests that wait for a concurrency slot",
            _INSTANCE),
+    Series("batch_size", "mesh_batch_size", Kind.HISTOGRAM,
+           "Rows of one run of a model whose requests are joined", _INSTANCE,
+           buckets=BATCH_BUCKETS, per_model=True),
     # Ours, both.
     _count("decisions", "mesh_decisions_total",
            "Decisions, by what was decided and why (mesh explain --decisions)", _BOTH,

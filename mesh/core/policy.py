@@ -59,6 +59,19 @@ class Policy:
     default_max_concurrency: int = 64
     # Requests that may wait for a concurrency slot on one copy before RESOURCE_EXHAUSTED.
     max_queued_per_copy: int = 1_024
+    # Rows of the requests that one joined run answers at most, when the model does not say: beyond
+    # that a row hardly gets cheaper. 0: requests are never joined.
+    batch_rows_max: int = 64
+    # A request is held so long for others when the model does not say: by default only what waits
+    # anyway is joined.
+    batch_wait_max_us: int = 0
+    # A joined run must save at least this share of a request's time: less is noise.
+    batch_gain_min_share: float = 0.10
+    # Requests of one trial whether joining pays: each of them waits for all to be run alone.
+    batch_trial_requests: int = 8
+    # It is tried again whether joining still pays after so many requests, later ever more rarely: a
+    # trial costs a second run.
+    batch_retrial_requests: int = 4_096
     # An instance's lease: a dead pod's copies vanish after this.
     instance_lease_ttl_ms: int = 10_000
     # An instance publishes itself at most this often, and at least this often when it changed.
@@ -244,6 +257,9 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
     "max_load_failures": (1, 64),
     "load_slots": (1, 64),
     "instance_lease_ttl_ms": (1_000, 3_600_000),  # etcd counts leases in whole seconds
+    "batch_rows_max": (0, 4_096),
+    "batch_wait_max_us": (0, 60_000_000),
+    "batch_trial_requests": (2, 64),
     "repair_batch_max": (1, _OPERATIONS_MAX),
     "hot_factor": (1.0, 1_000.0),
     "drain_moves": (1, 1_000),

@@ -73,6 +73,8 @@ class ModelRecord:
     min_copies: int = 0  # soft minimum; 0 and 1 pin nothing
     pinned: bool = False  # one copy is kept hard
     max_concurrency: int | None = None  # requests at once on one copy
+    max_batch_size: int | None = None  # rows that are run together at most; 0 and 1: never
+    max_batch_latency_ms: int | None = None  # a request is held so long for others
     load_timeout_ms: int | None = None
     idle_unload_ms: int | None = (
         None  # unused for so long a copy goes; None: the policy's; 0: never

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mesh.instance.batching import Batching
 from mesh.instance.pod import Pod
 
 
@@ -48,6 +49,7 @@ def describe(pod: Pod, model_id: str) -> dict[str, Any]:
                 for size_class, ns in enumerate(servable.estimates)
                 if ns
             },
+            batching=_batching(servable.batch),
         )
     document["instance"] = {
         "capacity_bytes": pod.cache.config.capacity_bytes,
@@ -57,3 +59,19 @@ def describe(pod: Pod, model_id: str) -> dict[str, Any]:
         "draining": pod.cache.draining,
     }
     return document
+
+
+def _batching(batch: Batching) -> dict[str, Any]:
+    standing, terms = batch.standing, batch.terms
+    return {
+        "state": standing.stage.value,
+        "reason": standing.reason.value,
+        "max_rows": terms.max_rows,
+        "max_wait_us": terms.max_wait_us,
+        "rows_now": standing.rows,
+        # A request's time alone : its share of a joined run, at the last trial.
+        "gain": round(standing.gain, 2),
+        "joined_runs": batch.joined_runs,
+        "joined_requests": batch.joined_requests,
+        "mean_rows": round(batch.joined_rows / batch.joined_runs, 1) if batch.joined_runs else 0.0,
+    }

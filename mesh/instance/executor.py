@@ -9,6 +9,10 @@ loop for longer than its quick runs make up for is not tried inline again for a 
 work stand in one line, so that a slow model does not starve the others, and no copy holds all
 threads.
 
+Requests for one copy that wait together are joined where that was found to pay (``Batching``): in
+threads what stands in the copy's queue; in the event loop what came in one turn of it, which is
+held to its end. A joined run counts as one run of the copy.
+
 Bounds: ``max_concurrency`` of the copy at once, ``max_queued_per_copy`` behind them, and
 ``MAX_HELD_BYTES`` of request bytes altogether; beyond that RESOURCE_EXHAUSTED with the trailer
 ``mesh-error: overloaded``. A request whose deadline has passed or whose client is gone is
@@ -23,18 +27,19 @@ import logging
 import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from time import monotonic, perf_counter_ns, thread_time_ns
+from time import monotonic, perf_counter_ns
 from typing import Final
 
-from mesh.core.errors import DeadlineExceeded, Internal, MeshError, ResourceExhausted
+from mesh.core.errors import DeadlineExceeded, MeshError, ResourceExhausted
 from mesh.core.policy import Policy
-from mesh.instance.forms import Encoded, Form, Sink
+from mesh.instance.forms import Form, Sink
+from mesh.instance.job import Job, JoinedJob, unexpected
+from mesh.instance.joining import Joining
 from mesh.instance.servable import INLINE_BYTES_MAX, Servable
-from mesh.metrics import InstanceMetrics
+from mesh.metrics import Histogram, InstanceMetrics
 from mesh.oip.call import InferCall
-from mesh.oip.tensors import InferCodec
 from mesh.runtimes.api import ModelLost, Tensor
 
 log = logging.getLogger(__name__)
@@ -47,77 +52,11 @@ OVERLOADED: Final = (("mesh-error", "overloaded"),)
 NOT_HERE: Final = (("mesh-error", "not-here"),)
 
 
-class Job:
-    """One request on its way through a worker thread (or waiting for the next turn)."""
-
-    __slots__ = (
-        "call",
-        "cpu_ns",
-        "encoded",
-        "error",
-        "form",
-        "message",
-        "method",
-        "queued_ns",
-        "servable",
-        "sink",
-        "spent_ns",
-        "started_ns",
-        "tensors",
-    )
-
-    def __init__(
-        self, servable: Servable, form: Form, sink: Sink, message: bytes, method: str, now_ns: int
-    ) -> None:
-        self.servable = servable
-        self.form = form
-        self.sink = sink
-        self.message = message
-        self.method = method
-        self.queued_ns = now_ns
-        self.started_ns = 0
-        self.spent_ns = 0
-        self.cpu_ns = 0
-        self.call: InferCall | None = None
-        self.tensors: list[Tensor] | None = None
-        self.encoded: Encoded | None = None
-        self.error: MeshError | None = None
-
-    def run(self) -> None:
-        """In a worker thread. Large messages are decoded and encoded here too."""
-        self.started_ns = perf_counter_ns()
-        started_cpu_ns = thread_time_ns()
-        try:
-            call = self.call
-            if call is None:
-                codec = InferCodec(self.servable.metadata)
-                call = self.call = self.form.decode(codec, self.message)
-            tensors = self.servable.model.infer(call.inputs, call.outputs, call.parameters)
-            if sum(tensor.data.nbytes for tensor in tensors) > INLINE_BYTES_MAX:
-                codec = InferCodec(self.servable.metadata)
-                self.encoded = self.form.encode(codec, call, tensors)
-            else:
-                self.tensors = tensors
-        except MeshError as error:
-            self.error = error
-        except Exception as error:
-            log.exception("inference with model %r failed", self.servable.model_id)
-            self.error = unexpected(self.servable, error)
-        # Waiting for the interpreter's lock is no time of the model's.
-        self.cpu_ns = thread_time_ns() - started_cpu_ns
-        self.spent_ns = perf_counter_ns() - self.started_ns
-
-
-def unexpected(servable: Servable, error: Exception) -> MeshError:
-    return Internal(
-        f"model {servable.model_id!r} failed at inference: {type(error).__name__}: {error}"
-    )
-
-
 class Executor:
     """See the module's docstring. ``on_idle(model_id)`` is called when a copy's last request in
     flight has ended and ``idle_wanted()`` says that somebody waits for that, ``on_lost(model_id)``
-    when its runtime says that it has the model no more."""
+    when its runtime says that it has the model no more, ``on_batching(model_id, reason, detail)``
+    when its requests are joined from now on, or no more."""
 
     def __init__(
         self,
@@ -129,6 +68,7 @@ class Executor:
         on_idle: Callable[[str], None],
         idle_wanted: Callable[[], bool],
         on_lost: Callable[[str], None] = lambda model_id: None,
+        on_batching: Callable[[str, str, str], None] = lambda model_id, reason, detail: None,
     ) -> None:
         self.use_policy(policy)
         self._metrics = metrics
@@ -141,12 +81,14 @@ class Executor:
         self._turn_open = False
         self._deferred: deque[Job] = deque()
         self._ready: deque[Servable] = deque()  # copies with queued work, first come first served
-        self._active = 0  # jobs handed to threads
+        self._active = 0  # runs handed to threads
+        self._inside = 0  # their requests
+        self._joining = Joining(self, metrics, on_batching)
         self._held_bytes = 0
         self.queued = 0
         self.requests = 0  # since the start
-        self._work: SimpleQueue[Job | None] = SimpleQueue()
-        self._done: deque[Job] = deque()
+        self._work: SimpleQueue[Job | JoinedJob | None] = SimpleQueue()
+        self._done: deque[Job | JoinedJob] = deque()
         self._woken = False
         self._thread_count = threads
         self._per_copy = max(1, threads - 1)
@@ -159,6 +101,7 @@ class Executor:
 
     def use_policy(self, policy: Policy) -> None:
         """Other thresholds from now on."""
+        self.policy = policy
         self._inline_max_ns = policy.inline_max_us * 1_000
         self._turn_max_ns = policy.inline_turn_max_us * 1_000
         self._turn_light_ns = self._turn_max_ns // 4
@@ -172,7 +115,7 @@ class Executor:
     @property
     def busy(self) -> int:
         """Requests that have not been answered."""
-        return self._active + self.queued + len(self._deferred)
+        return self._inside + self.queued + self._joining.held + len(self._deferred)
 
     # ---- the hot path ----
 
@@ -186,6 +129,9 @@ class Executor:
         use.uses += 1
         size = len(message)
         if size <= INLINE_BYTES_MAX:
+            if servable.collects:
+                self._joining.hold(servable, form, sink, message, method, now_ns)
+                return
             size_class = size.bit_length()
             estimate = servable.estimates[size_class]
             if 0 < estimate <= self._inline_max_ns and not servable.inline_pause:
@@ -240,10 +186,7 @@ class Executor:
             servable.learn(size_class, spent_ns)
             if spent_ns > self._held_up_ns:
                 servable.held_up_the_loop(spent_ns, self._inline_max_ns)
-            histogram = servable.answered.get(method)
-            if histogram is None:
-                histogram = self._metrics.invoke_histogram(method, 0, servable.model_id)
-                servable.answered[method] = histogram
+            histogram = servable.answered.get(method) or self._answered(servable, method)
             # ``observe``, written out.
             duration_ms = (ended_ns - arrived_ns) / 1e6
             histogram.counts[bisect_left(histogram.bounds, duration_ms)] += 1
@@ -252,12 +195,15 @@ class Executor:
         # What a light turn has spent is counted to the next one: that is cheaper than a call_soon.
         if self._turn_ns > self._turn_light_ns and not self._turn_open:
             self._open_turn()
+            # Of the copies that run often one is met here soon, at no cost for the others.
+            if servable.statistics.success_count >= servable.batch.hold_from:
+                servable.collects = True
 
     def _failed_inline(
         self, servable: Servable, sink: Sink, method: str, error: MeshError, arrived_ns: int
     ) -> int:
         """When it ended."""
-        self._fail(servable, sink, error)
+        self.fail(servable, sink, error)
         ended_ns = perf_counter_ns()
         servable.statistics.fail_count += 1
         servable.statistics.fail_ns += ended_ns - arrived_ns
@@ -266,13 +212,28 @@ class Executor:
         )
         return ended_ns
 
-    def _fail(self, servable: Servable, sink: Sink, error: MeshError) -> None:
+    def fail(self, servable: Servable, sink: Sink, error: MeshError) -> None:
         """A model that its runtime has lost is not here: the router has it loaded anew."""
         if isinstance(error, ModelLost):
             self._on_lost(servable.model_id)
             sink.fail(error, trailers=NOT_HERE)
         else:
             sink.fail(error)
+
+    def has_room(self, predicted_ns: int) -> bool:
+        """Whether a run that will take so long (0: unknown) may be in this turn of the loop."""
+        return (
+            0 < predicted_ns <= self._inline_max_ns
+            and self._turn_ns + predicted_ns <= self._turn_max_ns
+        )
+
+    def spent(self, servable: Servable, run_ns: int, all_ns: int) -> None:
+        """A run in this turn, and all that it took the loop."""
+        if run_ns > self._held_up_ns:
+            servable.held_up_the_loop(run_ns, self._inline_max_ns)
+        self._turn_ns += all_ns
+        if self._turn_ns > self._turn_light_ns and not self._turn_open:
+            self._open_turn()
 
     def _open_turn(self) -> None:
         """``call_soon`` runs in the next turn of the loop: then the budget is new."""
@@ -285,7 +246,7 @@ class Executor:
         while self._deferred and self._turn_ns < self._turn_max_ns:
             job = self._deferred.popleft()
             servable = job.servable
-            if not self._expired(job):
+            if not self.expired(job):
                 size_class = len(job.message).bit_length()
                 self._run_inline(
                     servable,
@@ -315,27 +276,43 @@ class Executor:
         size = len(message)
         if servable.inline_pause:
             servable.inline_pause -= 1
-        waiting = servable.running + len(servable.queue)
-        if waiting >= servable.max_concurrency + self._max_queued:
-            self._purge(servable)
-            waiting = servable.running + len(servable.queue)
-        if (
-            waiting >= servable.max_concurrency + self._max_queued
-            or self._held_bytes + size > MAX_HELD_BYTES
-        ):
-            self._overloaded(servable, sink, method, waiting)
+        if not self.admitted(servable, sink, method, size):
             return
         job = Job(servable, form, sink, message, method, now_ns)
         if size <= INLINE_BYTES_MAX:
             try:
                 job.call = form.decode(servable.codec, message)
             except MeshError as error:
-                self._answer_error(job, error, now_ns)
+                self.answer_error(job, error, now_ns)
                 return
-        servable.use.in_flight += 1
-        self._held_bytes += size
-        self.queued += 1
-        servable.queue.append(job)
+        self.enter(job)
+        self.to_threads(servable, (job,))
+
+    def admitted(self, servable: Servable, sink: Sink, method: str, size: int) -> bool:
+        """Whether there is room for one more that waits; refused where not."""
+        bound = servable.max_concurrency + self._max_queued
+        waiting = servable.running + len(servable.queue) + len(servable.batch.held)
+        if waiting >= bound:
+            self._purge(servable)
+            waiting = servable.running + len(servable.queue) + len(servable.batch.held)
+        if waiting < bound and self._held_bytes + size <= MAX_HELD_BYTES:
+            return True
+        self._overloaded(servable, sink, method, waiting)
+        return False
+
+    def enter(self, job: Job) -> None:
+        job.servable.use.in_flight += 1
+        self._held_bytes += len(job.message)
+
+    def end(self, job: Job) -> None:
+        """It has been answered, or nobody waits for it."""
+        self._held_bytes -= len(job.message)
+        self._leave(job.servable)
+
+    def to_threads(self, servable: Servable, jobs: Sequence[Job]) -> None:
+        """Jobs that have entered."""
+        self.queued += len(jobs)
+        servable.queue.extend(jobs)
         self._line_up(servable)
         self._dispatch()
 
@@ -351,6 +328,9 @@ class Executor:
 
     def _line_up(self, servable: Servable) -> None:
         limit = min(servable.max_concurrency, self._per_copy)
+        batch = servable.batch
+        if batch.on and servable.running and len(servable.queue) < batch.inside:
+            return  # fewer at once, and more in each: these wait for what is inside
         if servable.queue and not servable.queued_ready and servable.running < limit:
             servable.queued_ready = True
             self._ready.append(servable)
@@ -362,15 +342,23 @@ class Executor:
             while servable.queue:
                 job = servable.queue.popleft()
                 self.queued -= 1
-                if self._expired(job):
-                    self._held_bytes -= len(job.message)
-                    self._leave(servable)
+                if self.expired(job):
+                    self.end(job)
                     continue
-                servable.running += 1
-                self._active += 1
-                self._work.put(job)
+                if servable.queue and job.call is not None:
+                    self.start(servable, self._joining.followed(servable, job))
+                else:
+                    self.start(servable, job)
                 break
             self._line_up(servable)
+
+    def start(self, servable: Servable, run: Job | JoinedJob) -> None:
+        count = 1 if isinstance(run, Job) else len(run.jobs)
+        servable.running += 1
+        servable.batch.inside += count
+        self._active += 1
+        self._inside += count
+        self._work.put(run)
 
     def _worker(self) -> None:
         while (job := self._work.get()) is not None:
@@ -385,19 +373,35 @@ class Executor:
         """Answer everything that threads have done since; one wake-up for many."""
         self._woken = False
         while self._done:
-            job = self._done.popleft()
-            servable = job.servable
+            run = self._done.popleft()
+            servable, jobs = run.servable, (run,) if isinstance(run, Job) else run.jobs
+            batch = servable.batch
             self._active -= 1
+            self._inside -= len(jobs)
             servable.running -= 1
-            self._held_bytes -= len(job.message)
-            self._answer(job)
-            self._leave(servable)
-            self._line_up(servable)
+            batch.inside -= len(jobs)
+            for job in jobs:
+                self._answer(job)
+                self.end(job)
+            if isinstance(run, JoinedJob):
+                self._joining.ran(run)
+            if batch.on and len(servable.queue) < batch.standing.rows:
+                # What has arrived meanwhile is read first, so that it can join.
+                if not batch.resuming:
+                    batch.resuming = True
+                    self._loop.call_soon(self._resume, servable)
+            else:
+                self._line_up(servable)
+        self._dispatch()
+
+    def _resume(self, servable: Servable) -> None:
+        servable.batch.resuming = False
+        self._line_up(servable)
         self._dispatch()
 
     def _answer(self, job: Job) -> None:
         if job.error is not None:
-            self._answer_error(job, job.error, job.queued_ns)
+            self.answer_error(job, job.error, job.queued_ns)
             return
         servable, statistics = job.servable, job.servable.statistics
         try:
@@ -408,11 +412,11 @@ class Executor:
             reply, initial = encoded
             job.sink.reply(reply, initial=initial)
         except MeshError as error:
-            self._answer_error(job, error, job.queued_ns)
+            self.answer_error(job, error, job.queued_ns)
             return
         except Exception as error:
             log.exception("encoding an answer of model %r failed", servable.model_id)
-            self._answer_error(job, unexpected(servable, error), job.queued_ns)
+            self.answer_error(job, unexpected(servable, error), job.queued_ns)
             return
         ended_ns = perf_counter_ns()
         waited_ns = job.started_ns - job.queued_ns
@@ -421,28 +425,52 @@ class Executor:
         statistics.queue_count += 1
         statistics.queue_ns += waited_ns
         statistics.infer_ns += job.spent_ns
-        if len(job.message) <= INLINE_BYTES_MAX and job.encoded is None:
+        if len(job.message) <= INLINE_BYTES_MAX and job.encoded is None and not job.shared:
             servable.learn(len(job.message).bit_length(), job.cpu_ns or 1)
-        self._metrics.invoke_done(
-            job.method, 0, (ended_ns - job.queued_ns) / 1e6, servable.model_id
-        )
+        self._answered(servable, job.method).observe((ended_ns - job.queued_ns) / 1e6)
         self._metrics.observe("req_queue_delay", waited_ns / 1e6, servable.model_id)
 
-    def _answer_error(self, job: Job, error: MeshError, since_ns: int) -> None:
+    def answer_inline(self, job: Job, tensors: list[Tensor]) -> None:
+        """One request of a run in the event loop."""
+        servable = job.servable
+        try:
+            reply, initial = job.form.encode(servable.codec, _call(job), tensors)
+            job.sink.reply(reply, initial=initial)
+        except MeshError as error:
+            self.answer_error(job, error, job.queued_ns)
+            return
+        except Exception as error:
+            log.exception("encoding an answer of model %r failed", servable.model_id)
+            self.answer_error(job, unexpected(servable, error), job.queued_ns)
+            return
+        duration_ns = perf_counter_ns() - job.queued_ns
+        statistics = servable.statistics
+        statistics.success_count += 1
+        statistics.success_ns += duration_ns
+        self._answered(servable, job.method).observe(duration_ns / 1e6)
+
+    def _answered(self, servable: Servable, method: str) -> Histogram:
+        histogram = servable.answered.get(method)
+        if histogram is None:
+            histogram = self._metrics.invoke_histogram(method, 0, servable.model_id)
+            servable.answered[method] = histogram
+        return histogram
+
+    def answer_error(self, job: Job, error: MeshError, since_ns: int) -> None:
         spent_ns = perf_counter_ns() - since_ns
         job.servable.statistics.fail_count += 1
         job.servable.statistics.fail_ns += spent_ns
-        self._fail(job.servable, job.sink, error)
+        self.fail(job.servable, job.sink, error)
         self._metrics.invoke_done(
             job.method, int(error.code), spent_ns / 1e6, job.servable.model_id
         )
 
-    def _expired(self, job: Job) -> bool:
+    def expired(self, job: Job) -> bool:
         if job.sink.cancelled:
             return True
         if job.sink.deadline_s > monotonic():
             return False
-        self._answer_error(
+        self.answer_error(
             job,
             DeadlineExceeded("the deadline passed while the request waited for its model"),
             job.queued_ns,
@@ -451,7 +479,7 @@ class Executor:
 
     def _purge(self, servable: Servable) -> None:
         """Drop what nobody waits for any more before a live request is refused."""
-        kept = [job for job in servable.queue if not self._expired(job)]
+        kept = [job for job in servable.queue if not self.expired(job)]
         dropped = len(servable.queue) - len(kept)
         if dropped:
             self._held_bytes -= sum(len(j.message) for j in servable.queue) - sum(
@@ -466,3 +494,8 @@ class Executor:
         servable.use.in_flight -= 1
         if not servable.use.in_flight and self._idle_wanted():
             self._on_idle(servable.model_id)
+
+
+def _call(job: Job) -> InferCall:
+    assert job.call is not None
+    return job.call

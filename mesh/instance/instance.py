@@ -91,6 +91,7 @@ class Instance:
             on_idle=self.pod.became_idle,
             idle_wanted=self.pod.idle_wanted,
             on_lost=self.pod.lost,
+            on_batching=self.pod.batching_changed,
         )
         self.carrier = Carrier(
             settings.policy,

@@ -213,7 +213,7 @@ def _statistics(servable: Servable, name: str) -> oip_pb2.ModelStatistics:
         version=versions_of(servable.metadata)[0],
         last_inference=servable.use.last_used_at_ms if done else 0,
         inference_count=done,
-        execution_count=done,
+        execution_count=done - servable.batch.joined_requests + servable.batch.joined_runs,
         inference_stats=oip_pb2.InferStatistics(
             success=duration(count=done, ns=s.success_ns),
             fail=duration(count=s.fail_count, ns=s.fail_ns),

@@ -17,6 +17,7 @@ from typing import Any, Final, assert_never
 
 from mesh import registry
 from mesh.artifacts import ArtifactSource
+from mesh.core.batching import Wished
 from mesh.core.cache import Cache
 from mesh.core.cache_events import (
     AbandonLoad,
@@ -178,6 +179,7 @@ class Pod:
         servable = self.servables.get(model_id)
         if servable is not None:
             servable.use_concurrency(self._concurrency(record, servable.remote))
+            servable.use_batching(_wished(record), self.policy)
         # Only a Load pins a copy: one copy of a pinned model is, and the leader says which.
         self._terms(record, pinned=copy.pinned and record.pinned)
 
@@ -197,6 +199,10 @@ class Pod:
             self._note("pin", "pinned" if pinned else "unpinned", record.model_id)
             if copy.state is CopyState.LOADED:
                 self._publish_loaded(record.model_id, copy.size_bytes)
+
+    def batching_changed(self, model_id: str, reason: str, detail: str) -> None:
+        """Requests for a copy are joined from now on, or no more."""
+        self._note("batch", reason, model_id, detail=detail)
 
     def became_idle(self, model_id: str) -> None:
         self.apply(BecameIdle(model_id))
@@ -338,13 +344,14 @@ class Pod:
         assert copy is not None
         if model_id not in self.servables:
             record, model = self.records[model_id], self.loader.models[model_id]
-            self.servables[model_id] = Servable(
+            servable = self.servables[model_id] = Servable(
                 model_id,
                 record.model_type,
                 model,
                 copy.use,
                 self._concurrency(record, model if is_remote(model) else None),
             )
+            servable.use_batching(_wished(record), self.policy)
             self._count(model_id, "loaded")
             flight = self._flights.get(model_id)
             log.info(
@@ -493,6 +500,11 @@ class Pod:
 
     def copies(self) -> list[Copy]:
         return self.cache.copies()
+
+
+def _wished(record: ModelRecord) -> Wished:
+    wait_ms = record.max_batch_latency_ms
+    return Wished(record.max_batch_size, None if wait_ms is None else wait_ms * 1_000)
 
 
 def _kept(record: ModelRecord) -> bool:

@@ -9,14 +9,17 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, cast
 
+from mesh.core.batching import Wished
+from mesh.core.policy import Policy
 from mesh.core.usage import Use
+from mesh.instance.batching import Batching
 from mesh.metrics import Histogram
 from mesh.oip.tensors import InferCodec
 from mesh.runtimes.api import AnyModel, LoadedModel, ModelMetadata, VersionedModel, is_remote
 
 if TYPE_CHECKING:
     from mesh.instance.carrier import Carried
-    from mesh.instance.executor import Job
+    from mesh.instance.job import Job
 
 # What is said of a model that only its own process knows.
 _UNKNOWN: Final = ModelMetadata("external", (), (), (), accepts_any_input=True)
@@ -78,8 +81,10 @@ class Servable:
         "_next_pause",
         "_unpaid_since",
         "answered",
+        "batch",
         "carried",
         "codec",
+        "collects",
         "estimates",
         "inline_pause",
         "max_concurrency",
@@ -124,6 +129,9 @@ class Servable:
         self.metadata = replace(metadata, versions=names) if names else metadata
         self.codec = InferCodec(self.metadata)
         self.use = use
+        self.batch = Batching(metadata, Wished(), remote=self.remote is not None)
+        # Its requests are held to the end of the turn, to be joined or to try whether that pays.
+        self.collects = self.batch.on
         self.max_concurrency = max_concurrency
         self.estimates = [0] * _SIZE_CLASSES
         self.inline_pause = 0  # requests that go to threads before one is tried inline again
@@ -141,6 +149,13 @@ class Servable:
         self.max_concurrency = max_concurrency
         for one in (self.versions or {}).values():
             one.max_concurrency = max_concurrency
+
+    def use_batching(self, record: Wished, policy: Policy) -> None:
+        """What the model's record says of joining requests; the model's own file comes second."""
+        self.batch.use(record, policy)
+        self.collects = self.batch.on
+        for one in (self.versions or {}).values():
+            one.use_batching(record, policy)
 
     def of_version(self, version: str) -> Servable:
         """The servable that answers for this version; what is wrong with it is said there."""

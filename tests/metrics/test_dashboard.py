@@ -117,7 +117,7 @@ def test_panels_do_not_overlap_and_their_ids_differ() -> None:
 
 
 def test_times_are_shown_in_the_unit_of_their_series() -> None:
-    units = {"milliseconds": "ms", "bytes": "bytes"}
+    units = {"milliseconds": "ms", "bytes": "bytes", "": "short"}
     by_bucket = {s.name + "_bucket": units[s.unit] for s in SERIES if s.kind is Kind.HISTOGRAM}
     for panel in panels():
         for target in panel["targets"]:
