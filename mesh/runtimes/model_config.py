@@ -47,6 +47,8 @@ _THREADS_MAX: Final = 1024
 LATENCY_MAX_US: Final = 60_000_000
 RANK_MAX: Final = 32
 TENSORS_MAX: Final = 1024
+# For every value that it skips, protobuf's parser copies the line: a long one takes minutes.
+LINE_MAX_CHARS: Final = 16 << 10
 WARM_UP_FOLDER: Final = "warmup"
 
 
@@ -93,6 +95,12 @@ def _parse(text: str) -> Any:
 
     from protos import oip_pb2
 
+    for number, line in enumerate(text.split("\n"), start=1):
+        if len(line) > LINE_MAX_CHARS:
+            raise _fault(
+                f"line {number}",
+                f"expected at most {LINE_MAX_CHARS} characters; found {len(line)}. Break it up",
+            )
     config = oip_pb2.ModelConfig()
     try:
         text_format.Parse(text, config, allow_unknown_field=True)

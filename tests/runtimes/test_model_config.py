@@ -212,6 +212,7 @@ WRONG = [
     pytest.param("input { name: 'x'", "text format: 1:15", id="an open brace"),
     pytest.param('{"name": "x"}', "text format: 1:1", id="JSON"),
     pytest.param("a {" * 5000, "text format", id="nested without end"),
+    pytest.param("\n" + "a: 1 " * 8000, "line 2: expected at most 16384", id="a long line"),
     pytest.param("max_batch_size: -1", "max_batch_size: expected at least 0", id="below 0"),
     pytest.param("input { data_type: TYPE_FP32 }", "input[0].name: expected", id="no name"),
     pytest.param('output { name: "y" }', "output[0].data_type: expected", id="no datatype"),
@@ -223,7 +224,7 @@ WRONG = [
         f"input {{ {X} reshape {{ shape: -3 }} }}", "input[0].reshape.shape", id="a wrong reshape"
     ),
     pytest.param(f"input {{ {X} }} input {{ {X} }}", "input[1].name: 'x' stands", id="twice"),
-    pytest.param(f"input {{ {X} }} " * 1025, "input: expected at most 1024", id="many inputs"),
+    pytest.param(f"input {{ {X} }}\n" * 1025, "input: expected at most 1024", id="many inputs"),
     pytest.param('platform: "tensorrt_plan"', "platform: no runtime", id="a plan"),
     pytest.param('backend: "fil"', "say modelFormat xgboost or lightgbm", id="fil"),
     pytest.param('backend: "my_own"', "backend: no runtime of the mesh", id="an own back end"),
