@@ -104,6 +104,7 @@ def cluster(
     instances: int,
     capacity_bytes: int,
     core: int | None = None,
+    instance_flags: Sequence[str] = (),
 ) -> Iterator[Cluster]:
     """A router and instances in a namespace of their own; ``folder`` is the allowed file root and
     holds their caches. ``core``: where all of them run; None: anywhere."""
@@ -114,7 +115,7 @@ def cluster(
             cache = folder / f"cache-{namespace}-{number}"
             own = (
                 "--capacity", str(capacity_bytes), "--file-root", str(folder),
-                "--cache-dir", str(cache), "--name", f"{namespace}-{number}",
+                "--cache-dir", str(cache), "--name", f"{namespace}-{number}", *instance_flags,
             )  # fmt: skip
             pods.append(stack.enter_context(_process("instance", (*common, *own), core)))
         router = stack.enter_context(

@@ -351,6 +351,7 @@ def instance(
     from mesh.instance.process import serve
     from mesh.instance.settings import InstanceSettings
     from mesh.runtimes.settings import RuntimeSettings
+    from mesh.runtimes.v2_repository import VARIABLES
     from mesh.wire.limits import INSIDE
     from puller.settings import PullerSettings, store_variables
 
@@ -386,6 +387,7 @@ def instance(
             serving_runtime=serving_runtime,
             runtime_endpoint=runtime_endpoint,
             runtime_data_endpoint=runtime_data_endpoint,
+            adapter_env={k: v for k, v in os.environ.items() if k in VARIABLES},
             inference_threads=threads,
             zone=zone,
             labels=tuple(

@@ -5,8 +5,9 @@ every job ends by reporting exactly one of ``LoadFinished`` and ``LoadBroken``, 
 abandoned, and every unload by ``UnloadFinished``, so that the cache's books follow what memory
 really holds.
 
-A fetch is cancelled when it is abandoned; a runtime cannot be, so its thread is let run and its
-model, should it still come, is reported and then unloaded.
+A fetch is cancelled when it is abandoned, and so is a load in another process that can be called
+off; a runtime in this one cannot be, so its thread is let run and its model, should it still come,
+is reported and then unloaded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mesh.core.errors import Code, LoadFailed, MeshError
 from mesh.core.types import ModelRecord
 from mesh.instance.threads import in_thread
 from mesh.metrics import InstanceMetrics
-from mesh.runtimes.api import AnyModel, ModelSpec, Runtime
+from mesh.runtimes.api import AnyModel, CancellableRuntime, ModelSpec, Runtime
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +188,10 @@ class Loader:
         job.abandoned = True
         if job.phase == "fetching" and job.task is not None:
             job.task.cancel()
+        elif job.phase == "loading":
+            runtime = self._runtimes.runtime_for(job.record.model_type)
+            if isinstance(runtime, CancellableRuntime):
+                runtime.cancel_load(model_id)
 
     def _broken(self, job: LoadJob, error: MeshError) -> None:
         self._end(job)

@@ -45,6 +45,7 @@ async def choose_runtimes(settings: InstanceSettings) -> Chosen:
             endpoint=settings.runtime_endpoint,
             data_endpoint=settings.runtime_data_endpoint,
             capacity_bytes=settings.capacity_bytes,
+            env=settings.adapter_env,
         )
         if external is not None:
             return await _external(settings, external)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class InstanceSettings:
     serving_runtime: Path | None = None
     runtime_endpoint: str = ""  # of an external runtime, where its resource does not say
     runtime_data_endpoint: str = ""
+    # ModelMesh's variables of adapters (CONTAINER_MEM_REQ_BYTES, ROOT_MODEL_DIR ...).
+    adapter_env: Mapping[str, str] = field(default_factory=dict, repr=False)
     inference_threads: int = 4  # beside the event loop; one more than a slow model may hold
     zone: str = ""
     labels: tuple[str, ...] = ()

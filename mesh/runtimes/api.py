@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import numpy.typing as npt
 
@@ -230,4 +230,13 @@ class Runtime(Protocol):
 
     def load(self, spec: ModelSpec) -> AnyModel:
         """Raises ``LoadFailed`` with FAILED_PRECONDITION when the artifact is at fault."""
+        ...
+
+
+@runtime_checkable
+class CancellableRuntime(Protocol):
+    """A runtime in another process: a load there can be called off."""
+
+    def cancel_load(self, model_id: str) -> None:
+        """Called in the event loop; the load then fails, or is unloaded when it comes."""
         ...

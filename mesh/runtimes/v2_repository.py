@@ -34,6 +34,19 @@ _ASK_TIMEOUT_S: Final = 5.0
 # Triton ends an unload behind its answer; so often it is asked whether it has.
 _UNLOAD_POLL_S: Final = 0.1
 _NAME_MAX_CHARS: Final = 200  # a folder's name has 255 at most
+# What ``AdapterSettings.from_environment`` reads: ModelMesh's names.
+VARIABLES: Final = frozenset(
+    [
+        "CONTAINER_MEM_REQ_BYTES",
+        "MEM_BUFFER_BYTES",
+        "ROOT_MODEL_DIR",
+        "LOADING_CONCURRENCY",
+        "LOADTIME_TIMEOUT",
+        "DEFAULT_MODELSIZE",
+        "MODELSIZE_MULTIPLIER",
+        "LIMIT_PER_MODEL_CONCURRENCY",
+    ]
+)
 _GONE: Final = frozenset({"", "UNAVAILABLE", "UNKNOWN"})
 
 
