@@ -106,7 +106,8 @@ def _lay_out(path: Path, said: str) -> Layout:
     told = _format(said, versions, options)
     if told == "tensorflow":
         versions = tuple(replace(one, path=_saved_model(one.path)) for one in versions)
-    return Layout(told, versions, options)
+    # Its name is in the versions' paths now; who joined it once more would look in a wrong place.
+    return Layout(told, versions, replace(options, file=""))
 
 
 # ---- descriptions -----------------------------------------------------------------------------

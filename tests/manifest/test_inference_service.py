@@ -100,6 +100,12 @@ def test_the_old_form_takes_a_storage_too() -> None:
     assert json.loads(found.model.key)["storage_key"] == "k"
 
 
+@pytest.mark.parametrize("name", ["auto", "triton", "mlserver", "keras", "litert"])
+def test_the_serving_pod_makes_out_what_other_names_mean(name: str) -> None:
+    found = applied(isvc({"model": onnx(modelFormat={"name": name})}))
+    assert (found.model.model_type, found.warnings) == (name, ())
+
+
 def test_a_formats_name_is_lower_case() -> None:
     assert applied(isvc({"model": onnx(modelFormat={"name": "ONNX"})})).model.model_type == "onnx"
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mesh.core.errors import Code, LoadFailed
+from mesh.runtimes.api import ModelSpec, VersionedModel
 from mesh.runtimes.layout import DESCRIPTION_MAX_BYTES, VERSIONS_MAX, Layout, lay_out
+from mesh.runtimes.registry import RuntimeRegistry
+
+from .models import matmul
 
 Files = dict[str, str]
 
@@ -200,6 +205,16 @@ def test_what_the_model_says_reaches_every_version(tmp_path: Path) -> None:
     assert [version.options for version in layout.versions] == [None, None]
 
 
+def test_a_folder_that_the_config_names_is_the_versions_path_and_named_no_more(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, {"config.pbtxt": ONNX + 'default_model_filename: "net.onnx"'})
+    write(tmp_path, {"1/net.onnx/model.onnx": ""})
+    layout = lay_out(tmp_path, "auto", "m")
+    assert told(layout, tmp_path) == ("onnx", {"1": "1/net.onnx"})
+    assert layout.options.file == ""
+
+
 def test_a_version_has_what_its_own_settings_say(tmp_path: Path) -> None:
     write(tmp_path, {"1/model-settings.json": '{"max_batch_size": 5}', "1/m.skops": ""})
     write(tmp_path, {"2/model-settings.json": '{"max_batch_size": 9}', "2/m.skops": ""})
@@ -325,3 +340,47 @@ def test_a_link_inside_the_artifact_is_followed(tmp_path: Path) -> None:
     )
     (tmp_path / "m").symlink_to("..data/fit.joblib")
     assert told(lay_out(tmp_path, "sklearn", "m"), tmp_path) == ("sklearn", {"": "m"})
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *(("m.json", "xgboost"), ("m.ubj", "xgboost"), ("m.bst", "xgboost")),
+        *(("m.txt", "lightgbm"), ("m.bst", "lightgbm")),
+    ],
+)
+def test_what_the_frameworks_write_is_told(tmp_path: Path, name: str, form: str) -> None:
+    features, labels = np.arange(40.0).reshape(20, 2), np.arange(20.0) % 2
+    if form == "xgboost":
+        import xgboost
+
+        booster = xgboost.train({"nthread": 1}, xgboost.DMatrix(features, labels), 1)
+    else:
+        import lightgbm
+
+        data = lightgbm.Dataset(features, labels, params={"verbose": -1, "min_data_in_leaf": 1})
+        booster = lightgbm.train({"verbose": -1, "num_threads": 1}, data, 1)
+    # xgboost writes a .bst as UBJSON, but warns of it.
+    written = tmp_path / name.replace(".bst", ".ubj" if form == "xgboost" else ".bst")
+    booster.save_model(str(written))
+    written.rename(tmp_path / name)
+    assert lay_out(tmp_path / name, "auto", "m").format == form
+    assert lay_out(tmp_path, "auto", "m").format == form
+
+
+def test_all_versions_of_a_triton_folder_are_loaded_and_the_highest_is_the_latest(
+    tmp_path: Path,
+) -> None:
+    for number in (2, 10):
+        matmul(tmp_path / str(number) / "net.onnx", seed=number)
+    write(tmp_path, {"config.pbtxt": ONNX + 'default_model_filename: "net.onnx"'})
+    model = RuntimeRegistry().runtime_for("triton").load(ModelSpec("m", "triton", tmp_path))
+    assert isinstance(model, VersionedModel)
+    try:
+        assert list(model.versions) == ["10", "2"]
+        assert model.latest is model.versions["10"]
+        x = {"x": np.ones((1, 4), np.float32)}
+        answers = [one.infer(x, (), {})[0].data for one in model.versions.values()]
+        assert not np.allclose(*answers)
+    finally:
+        model.unload()
