@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import density, inference, miss, placement, relay
+from bench import batching, density, frameworks, inference, miss, placement, pull, relay
 from bench.effort import FULL, SMOKE, USUAL, Effort
 from bench.process import BenchError, Unavailable
 from bench.report import ROOT, Report, machine
@@ -22,9 +22,15 @@ PARTS: dict[str, Part] = {
     "relay": ("the router's relay against grpcio, Envoy and HAProxy", relay.measure),
     "instance": ("inference in one instance against a bare loop", inference.measure_instance),
     "end-to-end": ("router and instance against the instance", inference.measure_end_to_end),
+    "batching": ("joined requests against the gain of bare rows at once", batching.measure),
     "density": ("10,000 registered models, Zipf requests", density.measure),
     "miss": ("what a miss adds, and hits beside a large load", miss.measure),
+    "frameworks": (
+        "cold start, scikit-learn against MLServer, 5,000 resident models",
+        frameworks.measure,
+    ),
     "placement": ("choosing among 1,000 instances; a view's CPU by events", placement.measure),
+    "pull": ("a pull from S3 on loopback against raw clients", pull.measure),
     "sim": ("a mesh in virtual time; `sim --help` for its own options", sim.measure),
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,24 @@ def small_model() -> bytes:
         helper.make_node("Softmax", ["z"], ["y"]),
     ]
     return _serialised(nodes, weights, FEATURES, CLASSES)
+
+
+def perceptron(widths: Sequence[int]) -> bytes:
+    """Dense layers of these widths with a ReLU between them."""
+    rng = np.random.default_rng(len(widths))
+    helper = _onnx().helper
+    weights, nodes, last = {}, [], "x"
+    for number, (width_in, width_out) in enumerate(pairwise(widths)):
+        scale = (2.0 / width_in) ** 0.5
+        weights[f"w{number}"] = rng.normal(size=(width_in, width_out)) * scale
+        weights[f"b{number}"] = rng.normal(size=width_out) * 0.1
+        final = number == len(widths) - 2
+        made = "y" if final else f"z{number}"
+        nodes.append(helper.make_node("Gemm", [last, f"w{number}", f"b{number}"], [made]))
+        if not final:
+            last = f"r{number}"
+            nodes.append(helper.make_node("Relu", [made], [last]))
+    return _serialised(nodes, weights, widths[0], widths[-1])
 
 
 def write_big_model(path: Path, size_bytes: int) -> None:
