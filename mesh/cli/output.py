@@ -24,7 +24,7 @@ from mesh.admin_views import (
     ModelRow,
     PolicyRow,
 )
-from mesh.cli.quantities import format_age, format_size
+from mesh.cli.quantities import format_age, format_progress, format_size
 
 INFERENCE_SERVICE: Final = "inferenceservice.serving.kserve.io"
 
@@ -34,7 +34,7 @@ Row = TypeVar("Row")
 _SAID_BEFORE: Final = frozenset(
     {
         *("model_id", "instance_id", "state", "size_bytes"),
-        *("in_flight", "model_type", "loaded_at_ms", "instance"),
+        *("in_flight", "model_type", "loaded_at_ms", "instance", "load"),
     }
 )
 
@@ -249,10 +249,21 @@ def _copy(copy: CopyView, now_ms: int) -> list[str]:
         f"for {_age(since, now_ms)}, {format_size(copy.size_bytes)}, {copy.inflight} in flight"
         + (", pinned" if copy.pinned else "")
     ]
+    load = copy.details.get("load")
+    if isinstance(load, dict):
+        lines.append(f"      {_load(load)}")
     details = {k: v for k, v in copy.details.items() if v and k not in _SAID_BEFORE}
     if details:
         lines.append(f"      {_pairs(details)}")
     return lines
+
+
+def _load(load: Mapping[str, Any]) -> str:
+    """How far a load is: what it waits for, or how much has come."""
+    phase = str(load.get("phase") or "loading")
+    if phase != "fetching":
+        return phase
+    return f"fetching: {format_progress(load.get('fetched_bytes') or 0, load.get('total_bytes'))}"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -75,6 +75,14 @@ def format_size(size_bytes: int) -> str:
     return f"{value:.3g} TiB"
 
 
+def format_progress(done_bytes: int, total_bytes: int | None) -> str:
+    """``120 MiB of 512 MiB (23 %)``."""
+    if total_bytes is None:
+        return f"{format_size(done_bytes)} of an unknown size"
+    share = f" ({100 * done_bytes // total_bytes} %)" if total_bytes else ""
+    return f"{format_size(done_bytes)} of {format_size(total_bytes)}{share}"
+
+
 def format_age(age_ms: int) -> str:
     """``5s``, ``12m``, ``3h``, ``2d``: as kubectl shows ages."""
     seconds = max(0, age_ms) // 1000

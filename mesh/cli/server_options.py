@@ -204,6 +204,17 @@ DataplaneOption = Annotated[
         help="ModelMesh's DataplaneApiConfig: the methods of clients, and where they name a model.",
     ),
 ]
+PullRateOption = Annotated[
+    Any,
+    typer.Option(
+        "--pull-rate",
+        parser=size_bytes,
+        metavar="SIZE",
+        envvar=variable("PULL_RATE"),
+        help="Bytes a second that all fetches together may read, such as 100MiB; no limit unless "
+        "told.",
+    ),
+]
 PerModelMetricsOption = Annotated[
     bool,
     typer.Option(
