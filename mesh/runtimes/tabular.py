@@ -1,53 +1,92 @@
 """One matrix of features in, columns out: what the runtimes of tabular models share.
 
 As MLServer has it: an input of any name is the matrix, or several inputs are the model's named
-features, a column each; a flat answer is a column (``[n, 1]``). Wrong input is INVALID_ARGUMENT.
+features, a column each; a flat answer is a column (``[n, 1]``). What the model's own description
+says of names, datatypes and shapes is advertised in place of what was found, and held against it.
+Wrong input is INVALID_ARGUMENT; a description that contradicts the model fails the load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from mesh.core.errors import Code, InvalidArgument, LoadFailed
-from mesh.oip.datatypes import datatype_name
+from mesh.core.errors import Code, InvalidArgument, LoadFailed, Unavailable
+from mesh.formats import FORMATS, HEAD_BYTES
+from mesh.oip.datatypes import DATATYPES, datatype_name
 from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
+
+# A NamedTuple's own ``__new__`` is a Python function: twice the cost.
+_new_tuple: Final = tuple.__new__
+# What goes out as it is. BF16 is left out: as an array it cannot be told from UINT16.
+_KIND_OF_DTYPE: Final = {
+    kind.dtype: kind.name for kind in DATATYPES.values() if kind.name not in ("BYTES", "BF16")
+}
+_SIGNS: Final[tuple[tuple[str, Callable[[bytes], bool]], ...]] = (
+    ("lightgbm", lambda head: head.startswith((b"tree\n", b"tree\r\n"))),
+    ("xgboost", lambda head: head.lstrip()[:1] == b"{" and b"learner" in head),
+    ("zip", lambda head: head.startswith(b"PK\x03\x04")),
+    ("pickle", lambda head: head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"),
+    ("hdf5", lambda head: head.startswith(b"\x89HDF")),
+    ("tflite", lambda head: head[4:8] == b"TFL3"),
+)
+_SEEMS: Final = {
+    "lightgbm": "a LightGBM text",
+    "xgboost": "an XGBoost model",
+    "zip": "a zip archive (skops and PyTorch write such)",
+    "pickle": "a pickle",
+    "hdf5": "an HDF5 file (Keras writes such)",
+    "tflite": "a LiteRT model",
+}
 
 
 def feature_matrix(inputs: Mapping[str, Array], names: Sequence[str] | None) -> Array:
     """``names``: the model's features, None when it has none."""
     if len(inputs) == 1:
-        return numbers_or_text(next(iter(inputs.values())))
+        (array,) = inputs.values()
+        return array if array.dtype.kind != "O" else _text(array)
     if names is None or set(names) != set(inputs):
         wanted = f"its features {list(names)}" if names else "one input"
         raise InvalidArgument(f"the model takes {wanted}; the request has {sorted(inputs)}")
-    columns = [numbers_or_text(inputs[name]).reshape(-1, 1) for name in names]
+    columns = [inputs[name].reshape(-1, 1) for name in names]
     if len({len(column) for column in columns}) > 1:
         sizes = {name: len(column) for name, column in zip(names, columns, strict=True)}
         raise InvalidArgument(f"the features must have equally many rows; found {sizes}")
-    return np.hstack(columns)
+    if len({column.dtype.kind == "O" for column in columns}) > 1:  # text beside numbers stay both
+        columns = [column.astype(object) for column in columns]
+    matrix = np.hstack(columns)
+    return matrix if matrix.dtype.kind != "O" else _text(matrix)
 
 
-def number_matrix(inputs: Mapping[str, Array], names: Sequence[str] | None, width: int) -> Array:
-    """As ``feature_matrix``, for models that take numbers only: shape (rows, ``width``)."""
+def number_matrix(
+    inputs: Mapping[str, Array],
+    names: Sequence[str] | None,
+    width: int,
+    dtypes: Sequence[np.dtype[Any]],
+) -> Array:
+    """As ``feature_matrix``, for models that take numbers only: shape (rows, ``width``), of the
+    first of ``dtypes`` unless it has one of them. One row may come flat."""
     matrix = feature_matrix(inputs, names)
     if matrix.dtype.kind == "O":
         raise InvalidArgument("the model takes numbers; the request has BYTES")
-    if matrix.ndim == 1:
+    if matrix.ndim == 1 and len(matrix) == width:
         matrix = matrix.reshape(1, -1)
     if matrix.ndim != 2 or matrix.shape[1] != width:
         raise InvalidArgument(
             f"the model takes rows of {width} features; found the shape {list(matrix.shape)}"
         )
-    return matrix
+    if matrix.dtype in dtypes:
+        return matrix
+    with np.errstate(over="ignore"):  # too large for the type is infinite, and said so
+        return matrix.astype(dtypes[0])
 
 
-def numbers_or_text(array: Array) -> Array:
-    if array.dtype.kind != "O":
-        return array
+def _text(array: Array) -> Array:
+    """BYTES as the text that estimators know; numbers among them stay."""
     text = np.empty(array.shape, dtype=object)
     flat = text.ravel()
     for index, element in enumerate(array.ravel().tolist()):
@@ -59,6 +98,11 @@ def numbers_or_text(array: Array) -> Array:
 
 
 def column_tensor(name: str, answer: Any) -> Tensor:
+    if type(answer) is np.ndarray:
+        kind = _KIND_OF_DTYPE.get(answer.dtype)
+        if kind is not None:
+            column = answer[:, None] if answer.ndim == 1 else answer
+            return _new_tuple(Tensor, (name, kind, column))
     if hasattr(answer, "toarray"):  # sparse, from a transformer
         answer = answer.toarray()
     array: Array = np.asarray(answer)
@@ -66,7 +110,7 @@ def column_tensor(name: str, answer: Any) -> Tensor:
         array = array.reshape(-1, 1)
     kind = datatype_of(array)
     if kind != "BYTES":
-        return Tensor(name, kind, array)
+        return Tensor(name, kind, np.asarray(array, dtype=DATATYPES[kind].dtype))
     encoded = np.empty(array.shape, dtype=object)
     flat = encoded.ravel()
     for index, element in enumerate(array.ravel().tolist()):
@@ -74,37 +118,114 @@ def column_tensor(name: str, answer: Any) -> Tensor:
     return Tensor(name, "BYTES", encoded)
 
 
+def output_tensor(spec: TensorSpec, answer: Any, rows: int) -> Tensor:
+    """What a booster answers for ``rows`` rows, as ``spec`` advertises it."""
+    if rows == 0:  # libraries differ in what they make of nothing
+        answer = np.empty((0, *(max(axis, 0) for axis in spec.shape[1:])))
+    return restated(column_tensor(spec.name, answer), spec)
+
+
+def restated(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    """Under the name and in the datatype that are advertised."""
+    if tensor.datatype == spec.datatype and tensor.name == spec.name:
+        return tensor
+    return Tensor(spec.name, spec.datatype, tensor.data.astype(DATATYPES[spec.datatype].dtype))
+
+
 def datatype_of(array: Array) -> str:
     return "BYTES" if array.dtype.kind == "O" else datatype_name(array.dtype) or "FP64"
 
 
-def described(metadata: ModelMetadata, spec: ModelSpec) -> ModelMetadata:
-    """What the model's own description file says takes the place of what was found; a width that
-    the model does not have is refused."""
-    from dataclasses import replace
+def width_of(metadata: ModelMetadata) -> int:
+    """How many features the model was found to have; -1 where it does not say."""
+    return metadata.inputs[0].shape[-1]
 
+
+# ---- what the model's description says --------------------------------------------------------
+
+
+def described(found: ModelMetadata, spec: ModelSpec) -> ModelMetadata:
+    """What the model's own description file says takes the place of what was found; what the
+    model is not is refused. One stated output of another name renames the model's default."""
     options = spec.options
-    if options.inputs and metadata.inputs:
-        width = metadata.inputs[0].shape[-1]
-        stated = options.inputs[0].shape
-        if len(options.inputs) == 1 and width > 0 and stated and stated[-1] not in (-1, width):
-            raise LoadFailed(
-                f"model {spec.model_id!r}: {options.source} says that input "
-                f"{options.inputs[0].name!r} has {stated[-1]} features; the model has {width}"
-            )
+    where = f"model {spec.model_id!r}: {options.source or 'its description'}"
+    if options.inputs:
+        _check_inputs(options.inputs, width_of(found), where)
     return replace(
-        metadata,
-        inputs=options.inputs or metadata.inputs,
-        outputs=_outputs(metadata.outputs, options.outputs),
+        found,
+        inputs=options.inputs or found.inputs,
+        outputs=_outputs(found.outputs, options.outputs, where),
     )
 
 
+def stated_features(names: Sequence[str] | None, spec: ModelSpec) -> Sequence[str] | None:
+    """The names that inputs of one column each may have: the description's, or the model's."""
+    stated = [tensor.name for tensor in spec.options.inputs]
+    return stated if len(stated) > 1 else names
+
+
+def _check_inputs(stated: Sequence[TensorSpec], width: int, where: str) -> None:
+    if len(stated) == 1:
+        columns = stated[0].shape[-1] if len(stated[0].shape) > 1 else -1
+        if width > 0 and columns not in (-1, width):
+            raise LoadFailed(
+                f"{where} says that input {stated[0].name!r} has {columns} features; the model "
+                f"has {width}"
+            )
+        return
+    for tensor in stated:
+        if len(tensor.shape) > 1 and tensor.shape[-1] not in (-1, 1):
+            raise LoadFailed(
+                f"{where} says that input {tensor.name!r} has {tensor.shape[-1]} columns; several "
+                "inputs are the model's features, of one column each"
+            )
+    if width > 0 and len(stated) != width:
+        raise LoadFailed(
+            f"{where} names {len(stated)} inputs; the model has {width} features (name one input "
+            "for all, or one for each)"
+        )
+
+
 def _outputs(
-    found: tuple[TensorSpec, ...], stated: tuple[TensorSpec, ...]
+    found: tuple[TensorSpec, ...], stated: Sequence[TensorSpec], where: str
 ) -> tuple[TensorSpec, ...]:
-    """Names are methods of the model, so only what it has can be described."""
-    by_name = {spec.name: spec for spec in stated}
-    return tuple(by_name.get(spec.name, spec) for spec in found)
+    """``found`` with the stated names and datatypes; a shape must agree where it says a number."""
+    there = {spec.name: spec for spec in found}
+    unknown = [spec.name for spec in stated if spec.name not in there]
+    if unknown and (len(stated) > 1 or len(unknown) > 1):
+        raise LoadFailed(
+            f"{where} names the outputs {', '.join(unknown[:5])}; the model has "
+            f"{', '.join(there)}. One alone may have any name"
+        )
+    renamed = {found[0].name if unknown else spec.name: spec for spec in stated}
+    return tuple(
+        _output(spec, renamed[spec.name], where) if spec.name in renamed else spec for spec in found
+    )
+
+
+def _output(found: TensorSpec, stated: TensorSpec, where: str) -> TensorSpec:
+    if (found.datatype == "BYTES") != (stated.datatype == "BYTES") or stated.datatype == "BF16":
+        raise LoadFailed(
+            f"{where} says that output {stated.name!r} is {stated.datatype}; the model answers "
+            f"{found.datatype}"
+        )
+    if len(stated.shape) == len(found.shape):
+        for said, axis in zip(stated.shape, found.shape, strict=True):
+            if -1 not in (said, axis) and said != axis:
+                raise LoadFailed(
+                    f"{where} says that output {stated.name!r} has the shape "
+                    f"{list(stated.shape)}; the model answers {list(found.shape)}"
+                )
+    # The shape is the model's: what goes out has it.
+    return TensorSpec(stated.name, stated.datatype, found.shape)
+
+
+def unloaded(*arguments: Any, **named: Any) -> Any:
+    """In the place of a model that is gone."""
+    raise Unavailable("the model was unloaded; try again")
+
+
+# ---- files ------------------------------------------------------------------------------------
 
 
 def only_file(spec: ModelSpec, suffixes: Sequence[str], stem: str = "model") -> Path:
@@ -132,6 +253,22 @@ def only_file(spec: ModelSpec, suffixes: Sequence[str], stem: str = "model") -> 
     )
 
 
+def refuse_foreign(path: Path, start: bytes, spec: ModelSpec, wanted: str) -> None:
+    """Says what a file seems to be that is of another format, by its first bytes."""
+    head = start[:HEAD_BYTES]
+    found = next(
+        (name for name, told in _SIGNS if name != wanted and told(head)),
+        "",
+    )
+    if not found:
+        return
+    advice = f"; say modelFormat {found}" if found in FORMATS else ""
+    raise LoadFailed(
+        f"model {spec.model_id!r}: {path.name} is no {wanted} model but seems to be "
+        f"{_SEEMS[found]}{advice}"
+    )
+
+
 def file_bytes(path: Path, spec: ModelSpec) -> int:
     try:
         size_bytes = path.stat().st_size
@@ -140,6 +277,17 @@ def file_bytes(path: Path, spec: ModelSpec) -> int:
     if size_bytes == 0:
         raise LoadFailed(f"model {spec.model_id!r}: {path.name} is empty")
     return size_bytes
+
+
+def settled_bytes(
+    measured_bytes: int | None, predicted_bytes: int, content_bytes: int, base_bytes: int
+) -> int:
+    """The measured size within what is possible; the prediction when there was no measurement.
+    Never less than the content: what is small and Python's own does not show on the C heap."""
+    if measured_bytes is None:
+        return max(predicted_bytes, content_bytes + base_bytes)
+    lowest = content_bytes + base_bytes
+    return max(min(measured_bytes + base_bytes, 2 * predicted_bytes), lowest)
 
 
 def unreadable(path: Path, spec: ModelSpec, error: OSError) -> LoadFailed:
