@@ -129,6 +129,8 @@ class ConcreteModel:
     min_copies: int = 0
     pinned: bool = False
     max_concurrency: int | None = None
+    max_batch_size: int | None = None
+    max_batch_latency_ms: int | None = None
     load_timeout_ms: int | None = None
     idle_unload_ms: int | None = None
     required_labels: tuple[str, ...] = ()

@@ -34,6 +34,8 @@ from mesh.core.names import (
 from mesh.core.types import ModelRecord, VModelRecord
 from mesh.manifest_annotations import (
     ANY_NAME,
+    BATCH_LATENCY_MAX_MS,
+    BATCH_ROWS_MAX,
     IDENTITY,
     KSERVE_PREFIX,
     REVISION,
@@ -62,6 +64,8 @@ MAX_TEXT_CHARS: Final = 16 * 1024 * 1024
 MAX_RESOURCE_CHARS: Final = 1024 * 1024
 _MAX_NODES: Final = 100_000  # of one document with its YAML aliases written out
 _MAX_DEPTH: Final = 64
+# What KServe's batcher joins when nothing is said.
+_KSERVE_ROWS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +226,8 @@ def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedMo
         min_copies=what.min_copies,
         pinned=about.pinned,
         max_concurrency=about.max_concurrency,
+        max_batch_size=_first(about.max_batch_size, what.max_batch_size),
+        max_batch_latency_ms=_first(about.max_batch_latency_ms, what.max_batch_latency_ms),
         load_timeout_ms=about.load_timeout_ms,
         idle_unload_ms=about.idle_unload_ms,
         required_labels=about.required_labels,
@@ -256,6 +262,8 @@ class _Predictor:
     path: str
     key: str
     min_copies: int
+    max_batch_size: int | None
+    max_batch_latency_ms: int | None
     identity: Mapping[str, Any]
 
 
@@ -308,6 +316,7 @@ def _read_predictor(
         warnings.append(f"{predictor.at('maxReplicas')}: kept, not acted on")
         if 0 < maximum < minimum:
             raise wrong(predictor.at("maxReplicas"), f"at least minReplicas ({minimum})", maximum)
+    rows, wait_ms = _read_batcher(predictor)
     raw = dict(predictor.raw)
     predictor.close(kserve_fields.COMPONENT | kserve_fields.PREDICTOR)
     model_type = model_type.lower()
@@ -319,8 +328,30 @@ def _read_predictor(
         key=json.dumps(key, sort_keys=True, separators=(",", ":"), ensure_ascii=False),
         # 1 is Kubernetes' default and says nothing; a model may be in no memory at all.
         min_copies=minimum if minimum >= 2 else 0,
+        max_batch_size=rows,
+        max_batch_latency_ms=wait_ms,
         identity=_identity(raw, annotations),
     )
+
+
+def _read_batcher(predictor: Fields) -> tuple[int | None, int | None]:
+    """(rows, milliseconds). KServe runs an agent with 32 rows and 5 s for who names neither; here
+    rows are joined then as they come, and nobody waits."""
+    batcher = predictor.optional_fields("batcher")
+    if batcher is None:
+        return None, None
+    rows = batcher.integer("maxBatchSize", minimum=0)
+    if rows is not None and rows > BATCH_ROWS_MAX:
+        raise wrong(batcher.at("maxBatchSize"), f"at most {BATCH_ROWS_MAX}", rows)
+    wait_ms = batcher.integer("maxLatency", minimum=0)
+    if wait_ms is not None and wait_ms > BATCH_LATENCY_MAX_MS:
+        raise wrong(batcher.at("maxLatency"), f"at most {BATCH_LATENCY_MAX_MS} ms", wait_ms)
+    batcher.close({"timeout"})
+    return (_KSERVE_ROWS if rows is None else rows), wait_ms
+
+
+def _first(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one
 
 
 def _identity(predictor: Mapping[str, Any], annotations: Mapping[str, str]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ MESH_PREFIX: Final = "mesh.serving/"
 PIN: Final = MESH_PREFIX + "pin"
 MODEL_SIZE: Final = MESH_PREFIX + "model-size"
 MAX_CONCURRENCY: Final = MESH_PREFIX + "max-concurrency"
+MAX_BATCH_SIZE: Final = MESH_PREFIX + "max-batch-size"
+MAX_BATCH_LATENCY: Final = MESH_PREFIX + "max-batch-latency"
 LOAD_TIMEOUT: Final = MESH_PREFIX + "load-timeout"
 IDLE_UNLOAD: Final = MESH_PREFIX + "idle-unload-after"
 REQUIRED_LABELS: Final = MESH_PREFIX + "required-labels"
@@ -32,6 +34,7 @@ ANY_NAME: Final = MESH_PREFIX + "any-name"
 _OURS: Final = frozenset(
     {
         *(PIN, MODEL_SIZE, MAX_CONCURRENCY, LOAD_TIMEOUT, IDLE_UNLOAD),
+        *(MAX_BATCH_SIZE, MAX_BATCH_LATENCY),
         *(REQUIRED_LABELS, PREFERRED_LABELS, REVISION, ANY_NAME),
     }
 )
@@ -43,6 +46,10 @@ _LABEL: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/=:-]{0,126}[A-Za-z0-9])?")
 _LABELS_MAX: Final = 16
 _NEVER: Final = "0"
 
+# Nobody means more: rows of one joined run, and how long a request is held for others.
+BATCH_ROWS_MAX: Final = 4_096
+BATCH_LATENCY_MAX_MS: Final = 60_000
+
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
@@ -51,6 +58,8 @@ class Annotated:
     pinned: bool = False
     size_bytes: int | None = None
     max_concurrency: int | None = None
+    max_batch_size: int | None = None  # rows; 0: never joined
+    max_batch_latency_ms: int | None = None
     load_timeout_ms: int | None = None
     idle_unload_ms: int | None = None  # 0: never
     required_labels: tuple[str, ...] = ()
@@ -68,7 +77,9 @@ def annotated(annotations: Mapping[str, str], warnings: list[str]) -> Annotated:
     return Annotated(
         pinned=flag(annotations, PIN),
         size_bytes=_size_bytes(annotations, MODEL_SIZE),
-        max_concurrency=_concurrency(annotations),
+        max_concurrency=_whole(annotations, MAX_CONCURRENCY, 1, 999_999),
+        max_batch_size=_whole(annotations, MAX_BATCH_SIZE, 0, BATCH_ROWS_MAX),
+        max_batch_latency_ms=_batch_latency_ms(annotations),
         load_timeout_ms=_duration_ms(annotations, LOAD_TIMEOUT),
         idle_unload_ms=_idle_unload_ms(annotations),
         required_labels=_labels(annotations, REQUIRED_LABELS),
@@ -113,13 +124,24 @@ def _positive(value: int, name: str) -> int:
     return value
 
 
-def _concurrency(annotations: Mapping[str, str]) -> int | None:
-    value = annotations.get(MAX_CONCURRENCY)
+def _whole(annotations: Mapping[str, str], name: str, least: int, most: int) -> int | None:
+    value = annotations.get(name)
     if value is None:
         return None
-    if not (value.isascii() and value.isdigit() and len(value) <= 6 and int(value) > 0):
-        raise wrong(_path(MAX_CONCURRENCY), "a whole number of 1 to 999999", value)
+    digits = value.isascii() and value.isdigit() and len(value) <= 6
+    if not (digits and least <= int(value) <= most):
+        raise wrong(_path(name), f"a whole number of {least} to {most}", value)
     return int(value)
+
+
+def _batch_latency_ms(annotations: Mapping[str, str]) -> int | None:
+    value = annotations.get(MAX_BATCH_LATENCY)
+    if value is None or value == _NEVER:
+        return None if value is None else 0
+    found_ms = parse_duration_ms(value, _path(MAX_BATCH_LATENCY))
+    if found_ms > BATCH_LATENCY_MAX_MS:
+        raise wrong(_path(MAX_BATCH_LATENCY), "at most a minute", value)
+    return found_ms
 
 
 def _labels(annotations: Mapping[str, str], name: str) -> tuple[str, ...]:

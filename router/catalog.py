@@ -43,6 +43,8 @@ _SCALING: Final = (
     "min_copies",
     "pinned",
     "max_concurrency",
+    "max_batch_size",
+    "max_batch_latency_ms",
     "load_timeout_ms",
     "idle_unload_ms",
     "required_labels",

@@ -119,6 +119,8 @@ def concrete_model(
         min_copies=model.min_copies,
         pinned=model.pinned,
         max_concurrency=model.max_concurrency,
+        max_batch_size=model.max_batch_size,
+        max_batch_latency_ms=model.max_batch_latency_ms,
         load_timeout_ms=model.load_timeout_ms,
         idle_unload_ms=model.idle_unload_ms,
         required_labels=model.required_labels,

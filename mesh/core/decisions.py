@@ -17,8 +17,8 @@ class Decision:
     """``kind``: ``place`` (where to load), ``wait`` (no place yet), ``give_up``, ``reject`` (an
     instance does not take a load), ``evict``, ``unload``, ``scale_up``, ``scale_down``, ``keep``
     (a copy is asked hard, and there cannot be one more), ``move`` (of a drain), ``minimum``,
-    ``pin``, ``proactive``, ``eject`` and ``readmit`` (of an instance), ``repair``, ``policy``, ``batch``
-    (whether requests for a copy are joined)."""
+    ``pin``, ``proactive``, ``eject`` and ``readmit`` (of an instance), ``repair``, ``policy``,
+    ``batch`` (whether requests for a copy are joined)."""
 
     at_ms: int
     kind: str

@@ -139,6 +139,8 @@ def test_another_model_has_another_id(changed: dict[str, object]) -> None:
     [
         pytest.param(isvc({"model": onnx(), "minReplicas": 3}), id="more copies"),
         pytest.param(isvc({"model": onnx(), "canaryTrafficPercent": 10}), id="traffic"),
+        pytest.param(isvc({"model": onnx(), "batcher": {"maxBatchSize": 8}}), id="a batcher"),
+        pytest.param(isvc(annotations={"mesh.serving/max-batch-size": "0"}), id="none of that"),
         pytest.param(isvc({"model": onnx(), "volumes": None}), id="a null"),
         pytest.param(isvc(labels={"team": "a"}), id="a label"),
         pytest.param(isvc(annotations={"mesh.serving/pin": "true"}), id="a pin"),
@@ -154,6 +156,35 @@ def test_minimum_replicas(replicas: int | None, copies: int) -> None:
     found = applied(isvc({"model": onnx(), "minReplicas": replicas}))
     assert found.model.min_copies == copies
     assert not found.model.pinned
+    assert found.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("batcher", "annotations", "expected"),
+    [
+        pytest.param(None, {}, (None, None), id="nothing: the instance finds out"),
+        pytest.param({"maxBatchSize": 16, "maxLatency": 5}, {}, (16, 5), id="KServe's batcher"),
+        pytest.param({}, {}, (32, None), id="an empty one has KServe's rows, and nobody waits"),
+        pytest.param({"maxBatchSize": 0}, {}, (0, None), id="switched off there"),
+        pytest.param(None, {"max-batch-size": "0"}, (0, None), id="switched off by annotation"),
+        pytest.param(None, {"max-batch-latency": "2ms"}, (None, 2), id="a time"),
+        pytest.param(
+            {"maxBatchSize": 16, "maxLatency": 5},
+            {"max-batch-size": "4", "max-batch-latency": "0"},
+            (4, 0),
+            id="annotations come first",
+        ),
+    ],
+)
+def test_joining_requests(
+    batcher: dict[str, int] | None,
+    annotations: dict[str, str],
+    expected: tuple[int | None, int | None],
+) -> None:
+    predictor = {"model": onnx(), **({} if batcher is None else {"batcher": batcher})}
+    ours = {f"mesh.serving/{name}": value for name, value in annotations.items()}
+    found = applied(isvc(predictor, annotations=ours))
+    assert (found.model.max_batch_size, found.model.max_batch_latency_ms) == expected
     assert found.warnings == ()
 
 

@@ -40,10 +40,10 @@ def warnings(resource: dict[str, object]) -> list[str]:
             [f"spec.predictor.model.resources: {KEPT}"],
         ),
         (
-            isvc({"model": onnx(), "maxReplicas": 3, "logger": {}, "batcher": {}}),
+            isvc({"model": onnx(), "maxReplicas": 3, "logger": {}, "batcher": {"timeout": 60}}),
             [
                 f"spec.predictor.maxReplicas: {KEPT}",
-                f"spec.predictor.batcher: {KEPT}",
+                f"spec.predictor.batcher.timeout: {KEPT}",
                 f"spec.predictor.logger: {KEPT}",
             ],
         ),

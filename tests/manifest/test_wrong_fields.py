@@ -151,6 +151,30 @@ def annotated(name: str, value: object) -> dict[str, Any]:
             "'0'",
         ),
         (
+            annotated("mesh.serving/max-batch-size", "many"),
+            "metadata.annotations[mesh.serving/max-batch-size]",
+            "a whole number of 0 to 4096",
+            "'many'",
+        ),
+        (
+            annotated("mesh.serving/max-batch-latency", "2m"),
+            "metadata.annotations[mesh.serving/max-batch-latency]",
+            "at most a minute",
+            "'2m'",
+        ),
+        (
+            isvc({"model": onnx(), "batcher": {"maxBatchSize": -1}}),
+            "spec.predictor.batcher.maxBatchSize",
+            "a whole number of at least 0",
+            "-1",
+        ),
+        (
+            isvc({"model": onnx(), "batcher": {"maxLatency": 600_000}}),
+            "spec.predictor.batcher.maxLatency",
+            "at most 60000 ms",
+            "600000",
+        ),
+        (
             annotated("mesh.serving/load-timeout", "90"),
             "metadata.annotations[mesh.serving/load-timeout]",
             "a duration such as 90s",

@@ -66,6 +66,8 @@ models = st.builds(
     min_copies=integers,
     pinned=st.booleans(),
     max_concurrency=st.none() | integers,
+    max_batch_size=st.none() | integers,
+    max_batch_latency_ms=st.none() | integers,
     load_timeout_ms=st.none() | integers,
     idle_unload_ms=st.none() | integers,
     required_labels=st.lists(texts, max_size=3).map(tuple),
