@@ -1,23 +1,38 @@
-"""TensorFlow models: SavedModel folders, and Keras' ``.keras`` and ``.h5``.
+"""TensorFlow models: SavedModel folders, and Keras' ``.keras`` and ``.h5``; on the CPU.
 
 A SavedModel answers by one signature: ``serving_default``, the one that the description file's
-parameter ``signature`` names, or its only one. Keras files load in safe mode: a Lambda layer, which
-is code, is refused. TensorFlow keeps the memory of a model that is gone, so this format runs in a
-worker process unless told otherwise, and the worker's end gives it back. Fails with ``LoadFailed``
-(FAILED_PRECONDITION) for a folder or file that holds no such model.
+parameter ``signature`` names, or its only one. A Keras model is traced once, at load, for any
+number of rows. Keras files load in safe mode: a Lambda layer, which is code, is refused. A
+SavedModel's graph may read and write files, as TensorFlow has operations for that.
+
+TensorFlow keeps memory of models that are gone (graphs and functions of its one context), so this
+format runs in a worker process unless told otherwise, and the worker's end gives it back. Threads
+and log level belong to the process: the first model's setting counts. ``infer`` is safe from
+several threads. Fails with ``LoadFailed`` (FAILED_PRECONDITION) for a folder or file that holds no
+such model, with INVALID_ARGUMENT when a request's tensors are at fault.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from mesh.core.errors import Internal, InvalidArgument, LoadFailed, ResourceExhausted
+from mesh.core.errors import (
+    Code,
+    Internal,
+    InvalidArgument,
+    LoadFailed,
+    MeshError,
+    ResourceExhausted,
+    Unavailable,
+)
 from mesh.formats import SAVED_MODEL
+from mesh.oip.datatypes import DATATYPES
 from mesh.runtimes import tabular
 from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
 from mesh.runtimes.native_memory import NativeHeap
@@ -51,35 +66,44 @@ _DATATYPE_BY_TF: Final[dict[str, str]] = {
 Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class Program:
+    """``keep`` must live as long as ``run`` does: a signature does not keep its variables."""
+
+    run: Run
+    keep: Any
+    metadata: ModelMetadata
+
+
 class TensorflowModel:
-    def __init__(
-        self, run: Run, keep: Any, metadata: ModelMetadata, size_bytes: int, tf: Any
-    ) -> None:
-        self.metadata = metadata
+    __slots__ = ("_heap", "_keep", "_kinds", "_run", "_tf", "_types", "metadata", "size_bytes")
+
+    def __init__(self, tf: Any, program: Program, size_bytes: int, heap: NativeHeap) -> None:
+        self.metadata = program.metadata
         self.size_bytes = size_bytes
-        self._run = run
-        self._keep = keep  # a signature does not keep its model's variables alive
+        self._run = program.run
+        self._keep = program.keep
         self._tf = tf
-        self._kinds = {spec.name: spec.datatype for spec in metadata.outputs}
-        self._types = {spec.name: _tf_type(tf, spec.datatype) for spec in metadata.inputs}
+        self._heap = heap
+        self._kinds = {spec.name: spec.datatype for spec in self.metadata.outputs}
+        self._types = {spec.name: _tf_type(tf, spec.datatype) for spec in self.metadata.inputs}
 
     def infer(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], parameters: Mapping[str, Any]
     ) -> list[Tensor]:
-        tf = self._tf
         try:
-            tensors = {name: self._in(name, array) for name, array in inputs.items()}
-            found = self._run(tensors)
-            names = outputs or tuple(self._kinds)
-            return [_out(name, self._kinds[name], found[name]) for name in names]
-        except (tf.errors.InvalidArgumentError, ValueError, TypeError) as error:
-            raise InvalidArgument(
-                f"TensorFlow refused the input: {tabular.one_line(error)}"
-            ) from None
-        except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-            raise ResourceExhausted(f"out of memory: {tabular.one_line(error)}") from None
+            found = self._run({name: self._in(name, array) for name, array in inputs.items()})
+        except MeshError:
+            raise
         except Exception as error:
-            raise Internal(f"TensorFlow failed: {tabular.one_line(error)}") from None
+            raise _run_error(self._tf, error) from None
+        try:
+            return [_out(name, self._kinds[name], found[name]) for name in outputs or self._kinds]
+        except Exception as error:
+            raise Internal(
+                f"the model's answer cannot be sent: {type(error).__name__}: "
+                f"{tabular.one_line(error)}"
+            ) from None
 
     def _in(self, name: str, array: Array) -> Any:
         kind = self._types[name]
@@ -90,7 +114,7 @@ class TensorflowModel:
     def unload(self) -> None:
         self._run = _unloaded
         self._keep = None
-        self._tf.keras.backend.clear_session()
+        self._heap.released(self.size_bytes)
 
 
 class TensorflowRuntime:
@@ -101,47 +125,42 @@ class TensorflowRuntime:
         self._heap = heap
 
     def predict_size_bytes(self, spec: ModelSpec) -> int:
-        return _predicted_bytes(_content_bytes(_model_path(spec)))
+        return _predicted_bytes(_content_bytes(_model_path(spec), spec))
 
     def load(self, spec: ModelSpec) -> TensorflowModel:
         path = _model_path(spec)
-        content_bytes = _content_bytes(path)
+        content_bytes = _content_bytes(path, spec)
         tf = _import(spec.options.threads or self._settings.intra_op_threads)
         with self._heap.measure() as growth:
             try:
-                if path.is_dir():
-                    run, keep, metadata = _saved_model(tf, path, spec)
-                else:
-                    run, keep, metadata = _keras(tf, path, spec)
-            except LoadFailed:
+                program = (_saved_model if path.is_dir() else _keras)(tf, path, spec)
+            except MeshError:
                 raise
             except Exception as error:
-                raise LoadFailed(
-                    f"model {spec.model_id!r}: TensorFlow cannot load {path.name}: "
-                    f"{type(error).__name__}: {tabular.one_line(error)}"
-                ) from None
+                raise _load_error(tf, path, spec, error) from None
         predicted = _predicted_bytes(content_bytes)
-        measured = growth.bytes_ or predicted
-        size_bytes = min(max(measured, content_bytes), 2 * predicted)
-        return TensorflowModel(run, keep, metadata, size_bytes, tf)
+        size_bytes = min(max(growth.bytes_ or predicted, content_bytes), 2 * predicted)
+        return TensorflowModel(tf, program, size_bytes, self._heap)
 
 
 def _import(threads: int) -> Any:
     """TensorFlow, silent and with bounded threads: both can be said before its first use only."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     import tensorflow as tf
 
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(1)
-    except RuntimeError:  # an earlier model has started them
+        # It would take all of the memory of each GPU, which other models of the pod use.
+        tf.config.set_visible_devices([], "GPU")
+        tf.constant(0)  # what all models share is made now, and charged to none of them
+    except RuntimeError:  # an earlier model has started it
         pass
     tf.get_logger().setLevel("ERROR")
     return tf
 
 
-def _saved_model(tf: Any, path: Path, spec: ModelSpec) -> tuple[Run, Any, ModelMetadata]:
+def _saved_model(tf: Any, path: Path, spec: ModelSpec) -> Program:
     loaded = tf.saved_model.load(str(path))
     signatures = dict(loaded.signatures)
     wanted = spec.options.parameters.get("signature", "")
@@ -151,56 +170,76 @@ def _saved_model(tf: Any, path: Path, spec: ModelSpec) -> tuple[Run, Any, ModelM
     if name not in signatures:
         raise LoadFailed(
             f"model {spec.model_id!r}: the SavedModel has no signature "
-            f"{wanted or DEFAULT_SIGNATURE!r}; it has {sorted(signatures) or 'none'}"
+            f"{wanted or DEFAULT_SIGNATURE!r}; it has {sorted(signatures) or 'none'}. Name one "
+            "with the parameter 'signature' in its description file"
         )
     signature = signatures[name]
     _, arguments = signature.structured_input_signature
-    metadata = ModelMetadata(
-        platform=PLATFORM,
-        versions=(),
-        inputs=tuple(_spec_of(arg, one, spec) for arg, one in sorted(arguments.items())),
-        outputs=tuple(
-            _spec_of(out, one, spec) for out, one in sorted(signature.structured_outputs.items())
-        ),
-    )
-    return lambda tensors: signature(**tensors), loaded, metadata
+    metadata = _metadata(arguments, signature.structured_outputs, spec)
+    return Program(lambda tensors: signature(**tensors), loaded, metadata)
 
 
-def _keras(tf: Any, path: Path, spec: ModelSpec) -> tuple[Run, Any, ModelMetadata]:
+def _keras(tf: Any, path: Path, spec: ModelSpec) -> Program:
     model = tf.keras.models.load_model(str(path), compile=False, safe_mode=True)
-    ins, outs = _named(model.inputs), _named(model.outputs, "output")
-    metadata = ModelMetadata(
-        platform=PLATFORM,
-        versions=(),
-        inputs=tuple(_spec_of(name, one, spec) for name, one in ins.items()),
-        outputs=tuple(_spec_of(name, one, spec) for name, one in outs.items()),
+    form = _input_form(model)
+    if form is None:
+        raise LoadFailed(
+            f"model {spec.model_id!r}: {path.name} does not tell its inputs (a subclassed model "
+            "that was never called); export it as a SavedModel: model.export(folder)"
+        )
+    ins = {str(one.name).partition(":")[0]: one for one in tf.nest.flatten(form)}
+    pack = tf.nest.pack_sequence_as
+    # Traced here, for all sizes: tracing at requests would make a graph for each batch size.
+    call = tf.function(
+        lambda *tensors: model(pack(form, tensors), training=False), autograph=False
+    ).get_concrete_function(
+        *(tf.TensorSpec(one.shape, one.dtype, name=f"in_{n}") for n, one in enumerate(ins.values()))
     )
-    call = tf.function(lambda *tensors: model(list(tensors) if len(tensors) > 1 else tensors[0]))
+    outs = _by_name(call.structured_outputs)
+    metadata = _metadata(ins, outs, spec)
 
     def run(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-        found = call(*(tensors[name] for name in ins))
-        if isinstance(found, Mapping):
-            return found
-        flat = list(found) if isinstance(found, list | tuple) else [found]
-        return dict(zip(outs, flat, strict=True))
+        return _by_name(call(*(tensors[name] for name in ins)))
 
-    return run, model, metadata
+    return Program(run, model, metadata)
 
 
-def _named(tensors: Sequence[Any], prefix: str = "") -> dict[str, Any]:
-    """Keras' names of outputs are those of inner operations: numbered instead."""
-    if prefix:
-        return {f"{prefix}_{index}": one for index, one in enumerate(tensors)}
-    return {str(one.name).partition(":")[0]: one for one in tensors}
+def _input_form(model: Any) -> Any:
+    """A tensor, or a list or dict of them; None where the model does not tell."""
+    try:
+        return model.input
+    except (AttributeError, ValueError):  # a Sequential has its tensors only
+        inputs = getattr(model, "inputs", None)
+        return inputs[0] if inputs and len(inputs) == 1 else inputs
+
+
+def _by_name(found: Any) -> dict[str, Any]:
+    """A dict's keys, else numbers: Keras' own names of outputs are those of inner operations."""
+    if isinstance(found, Mapping):
+        return {str(name): one for name, one in found.items()}
+    flat = found if isinstance(found, list | tuple) else (found,)
+    return {f"output_{index}": one for index, one in enumerate(flat)}
+
+
+def _metadata(
+    inputs: Mapping[str, Any], outputs: Mapping[str, Any], spec: ModelSpec
+) -> ModelMetadata:
+    return ModelMetadata(
+        platform=PLATFORM,
+        versions=(),
+        inputs=tuple(_spec_of(name, one, spec) for name, one in sorted(inputs.items())),
+        outputs=tuple(_spec_of(name, one, spec) for name, one in sorted(outputs.items())),
+    )
 
 
 def _spec_of(name: str, one: Any, spec: ModelSpec) -> TensorSpec:
     kind_name = one.dtype if isinstance(one.dtype, str) else one.dtype.name
     kind = _DATATYPE_BY_TF.get(kind_name)
-    if kind is None:
+    # Ragged and sparse tensors have a datatype, too.
+    if kind is None or "Ragged" in type(one).__name__ or "Sparse" in type(one).__name__:
         raise LoadFailed(
-            f"model {spec.model_id!r}: tensor {name!r} is a {kind_name}, which the Open Inference "
-            "Protocol cannot carry"
+            f"model {spec.model_id!r}: {name!r} is a {type(one).__name__} of {kind_name}, which "
+            f"the Open Inference Protocol cannot carry; it can {', '.join(DATATYPES)}"
         )
     shape = one.shape
     if getattr(shape, "rank", 0) is None:
@@ -225,22 +264,27 @@ def _out(name: str, kind: str, value: Any) -> Tensor:
 def _model_path(spec: ModelSpec) -> Path:
     """A folder with a SavedModel, or a Keras file."""
     path = spec.path
-    if spec.options.file and path.is_dir() and (path / spec.options.file).exists():
+    if spec.options.file and path.is_dir():
         path = path / spec.options.file
     if path.is_dir():
-        if (path / SAVED_MODEL).is_file():
-            return path
-        inner = path / "model.savedmodel"  # as Triton's repositories have it
-        if (inner / SAVED_MODEL).is_file():
-            return inner
-        return tabular.only_file(spec, KERAS_SUFFIXES)
-    return tabular.only_file(spec, KERAS_SUFFIXES)
+        for folder in (path, path / "model.savedmodel"):  # as Triton's repositories have it
+            if (folder / SAVED_MODEL).is_file():
+                return folder
+    elif path.name == SAVED_MODEL and path.is_file():
+        return path.parent
+    try:
+        return tabular.only_file(replace(spec, path=path), KERAS_SUFFIXES)
+    except LoadFailed as error:
+        raise LoadFailed(f"{error.message}; nor is there a {SAVED_MODEL}") from None
 
 
-def _content_bytes(path: Path) -> int:
+def _content_bytes(path: Path, spec: ModelSpec) -> int:
     if path.is_file():
-        return path.stat().st_size
-    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+        return tabular.file_bytes(path, spec)
+    try:
+        return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    except OSError as error:
+        raise tabular.unreadable(path, spec, error) from None
 
 
 def _predicted_bytes(content_bytes: int) -> int:
@@ -248,4 +292,28 @@ def _predicted_bytes(content_bytes: int) -> int:
 
 
 def _unloaded(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    raise Internal("the model was unloaded")
+    raise Unavailable("the model was unloaded; try again")
+
+
+def _load_error(tf: Any, path: Path, spec: ModelSpec, error: Exception) -> LoadFailed:
+    if isinstance(error, MemoryError | tf.errors.ResourceExhaustedError):
+        return LoadFailed(
+            f"model {spec.model_id!r}: out of memory while loading {path.name}",
+            code=Code.UNAVAILABLE,
+        )
+    # The client must not learn where on the disk the artifact lies.
+    cause = tabular.one_line(error).replace(str(path), path.name).replace(str(path.parent), ".")
+    return LoadFailed(
+        f"model {spec.model_id!r}: TensorFlow cannot load {path.name}: "
+        f"{type(error).__name__}: {cause}"
+    )
+
+
+def _run_error(tf: Any, error: Exception) -> MeshError:
+    cause = tabular.one_line(error)
+    if isinstance(error, MemoryError | tf.errors.ResourceExhaustedError):
+        return ResourceExhausted(f"out of memory while running the model: {cause}")
+    refused = (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError, ValueError, TypeError)
+    if isinstance(error, refused):
+        return InvalidArgument(f"TensorFlow refused the input: {cause}")
+    return Internal(f"TensorFlow failed: {cause}")

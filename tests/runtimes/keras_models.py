@@ -46,6 +46,51 @@ def main(folder: Path) -> None:
             return {"upper": tf.strings.upper(text), "length": tf.strings.length(text)}
 
     tf.saved_model.save(Texts(), str(folder / "texts"))
+    code.save(folder / "lambda.h5")
+    with_dicts(folder)
+    quantised(folder, model, x)
+    with_signatures(folder)
+
+
+def with_dicts(folder: Path) -> None:
+    a = tf.keras.layers.Input((2,), name="a")
+    b = tf.keras.layers.Input((2,), name="b")
+    tf.keras.Model({"b": b, "a": a}, {"sum": a + b, "twice": a * 2.0}).save(folder / "dicts.keras")
+    subclassed = type("Subclassed", (tf.keras.Sequential,), {})
+    subclassed([tf.keras.layers.Dense(2)]).save(folder / "unknown.keras")
+
+
+def quantised(folder: Path, model: tf.keras.Model, x: np.ndarray) -> None:
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ([row[None]] for row in x)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter.inference_input_type = converter.inference_output_type = tf.int8
+    (folder / "int8.tflite").write_bytes(converter.convert())
+
+
+def with_signatures(folder: Path) -> None:
+    class Several(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.float32)])
+        def twice(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"y": x * 2.0}
+
+        @tf.function(
+            input_signature=[tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int32)]
+        )
+        def pick(self, words: tf.Tensor, places: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"picked": tf.gather(words, places)}
+
+        @tf.function(input_signature=[tf.TensorSpec([2], tf.bfloat16)])
+        def half(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"y": x / 2}
+
+    several = Several()
+    path = str(folder / "several")
+    kept = ("twice", "pick", "half")
+    tf.saved_model.save(several, path, {name: getattr(several, name) for name in kept})
+    converter = tf.lite.TFLiteConverter.from_saved_model(path, signature_keys=["twice", "pick"])
+    (folder / "several.tflite").write_bytes(converter.convert())
 
 
 if __name__ == "__main__":
