@@ -8,16 +8,23 @@ else the description file does; else any input is accepted.
 
 A ``model.py`` is code: it is refused unless the operator allows it, and runs in a worker process
 unless he says otherwise. Each model's modules live under a package name of their own, so that two
-models with files of one name do not meet; they are dropped when it is unloaded. Fails with
-``LoadFailed``, at inference with INVALID_ARGUMENT for a ``ValueError`` of the model's and with
-INTERNAL for everything else, each with the line of the model's file.
+models with files of one name do not meet (``from .other import thing`` finds the model's own file);
+they are dropped when it is unloaded, and the memory that they held is collected. No byte code is
+written beside the files: the artifact stays as it came. ``predict`` may be called from several
+threads at once; its arrays may be read-only views of the request, to be copied before they change.
+
+Fails with ``LoadFailed``, at inference with INVALID_ARGUMENT for a ``ValueError`` of the model's,
+with INTERNAL for everything else that it raises, ``SystemExit`` included, each with the line of the
+model's file, and with INTERNAL for an answer that is no dict of arrays or not what it declares.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import itertools
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +34,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from mesh.core.errors import Code, Internal, InvalidArgument, LoadFailed, MeshError
+from mesh.core.errors import (
+    Code,
+    Internal,
+    InvalidArgument,
+    LoadFailed,
+    MeshError,
+    ResourceExhausted,
+    Unavailable,
+)
 from mesh.formats import PYTHON_MODEL
 from mesh.oip.datatypes import DATATYPES, datatype_name
 from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
@@ -41,6 +56,7 @@ _OBJECT_BYTES: Final = 256 * 1024
 _FILES_MAX: Final = 10_000
 
 _numbers = itertools.count()
+log = logging.getLogger(__name__)
 
 
 class PythonModel:
@@ -53,7 +69,9 @@ class PythonModel:
         metadata: ModelMetadata,
         size_bytes: int,
         model_file: Path,
+        heap: NativeHeap,
     ) -> None:
+        self._heap = heap
         self.metadata = metadata
         self.size_bytes = size_bytes
         self._user = user
@@ -71,8 +89,13 @@ class PythonModel:
         except MeshError:
             raise
         except ValueError as error:
-            raise InvalidArgument(f"the model refused the input: {_line(error)}") from None
-        except Exception as error:
+            where = _where(error, self._file)
+            raise InvalidArgument(
+                f"the model refused the input: {_line(error)} ({where})"
+            ) from None
+        except MemoryError:
+            raise ResourceExhausted(f"out of memory in predict of {self._file.name}") from None
+        except BaseException as error:  # SystemExit would end the process that serves the others
             where = _where(error, self._file)
             raise Internal(
                 f"the model failed: {type(error).__name__}: {_line(error)} ({where})"
@@ -100,8 +123,15 @@ class PythonModel:
         try:
             if callable(getattr(user, "unload", None)):
                 user.unload()
-        finally:
-            _forget(self._package)
+        except BaseException as error:
+            log.warning(
+                "unload of %s failed: %s: %s (%s)",
+                *(self._file.name, type(error).__name__, _line(error), _where(error, self._file)),
+            )
+        del user
+        _forget(self._package)
+        gc.collect()  # a module and its functions refer to each other
+        self._heap.released(self.size_bytes)
 
 
 class PythonRuntime:
@@ -125,6 +155,9 @@ class PythonRuntime:
                 "with --allow-python (MESH_ALLOW_PYTHON=1), or with a ServingRuntime whose "
                 "supportedModelFormats lists python (--serving-runtime FILE)"
             )
+        # Byte code would change the artifact, and be believed when the file is replaced by one of
+        # equal size within a second.
+        sys.dont_write_bytecode = True
         package = f"_mesh_model_{next(_numbers)}"
         try:
             with self._heap.measure() as growth:
@@ -136,7 +169,7 @@ class PythonRuntime:
         size_bytes = _content_bytes(file.parent) + _OBJECT_BYTES
         if growth.bytes_ is not None:
             size_bytes = max(size_bytes, growth.bytes_ + _OBJECT_BYTES)
-        return PythonModel(user, package, metadata, size_bytes, file)
+        return PythonModel(user, package, metadata, size_bytes, file, self._heap)
 
 
 def _model_file(spec: ModelSpec) -> Path:
@@ -244,16 +277,18 @@ def _metadata(user: Any, spec: ModelSpec, file: Path) -> ModelMetadata:
 
 
 def _declared(user: Any, what: str, spec: ModelSpec, file: Path) -> tuple[TensorSpec, ...]:
-    declared = getattr(user, what, ())
+    declared: Any = None
     try:
+        declared = getattr(user, what, ())
         specs = tuple(
             TensorSpec(str(name), str(kind), tuple(int(axis) for axis in shape))
             for name, kind, shape in declared
         )
-    except (TypeError, ValueError):
+    except Exception:
         specs = (TensorSpec("", "", ()),)
+    names = {one.name for one in specs}
     for one in specs:
-        if one.datatype not in DATATYPES:
+        if one.datatype not in DATATYPES or len(names) < len(specs) or min((0, *one.shape)) < -1:
             raise LoadFailed(
                 f"model {spec.model_id!r}: {what} of {file.name} must be a list of (name, "
                 f"datatype, shape), such as ('x', 'FP32', [-1, 4]); found {declared!r:.200}"
@@ -262,25 +297,60 @@ def _declared(user: Any, what: str, spec: ModelSpec, file: Path) -> tuple[Tensor
 
 
 def _tensor(name: str, value: Any, declared: str | None) -> Tensor:
-    array: Array = np.asarray(value)
-    if declared == "BF16" and array.dtype == np.uint16:
-        return Tensor(name, "BF16", array)
-    if array.dtype.kind in "USO":
-        encoded = np.empty(array.shape, dtype=object)
-        flat = encoded.ravel()
-        for index, element in enumerate(array.ravel().tolist()):
-            flat[index] = element if isinstance(element, bytes) else str(element).encode()
-        return Tensor(name, "BYTES", encoded)
-    kind = datatype_name(array.dtype)
-    if kind is None:
+    array = _array(name, value)
+    if array.dtype.kind == "O":
+        found, array = "BYTES", _encoded(name, array)
+    else:
+        found = datatype_name(array.dtype) or ""
+    if not found:
         raise Internal(f"output {name!r} is an array of {array.dtype}, which no datatype carries")
-    if declared is not None and declared != kind and declared != "BYTES":
-        return Tensor(name, declared, array.astype(DATATYPES[declared].dtype))
-    return Tensor(name, kind, array)
+    if declared in (None, found) or (declared == "BF16" and found == "UINT16"):
+        return Tensor(name, declared or found, array)
+    if declared == "BF16" and array.dtype.kind == "f":
+        return Tensor(name, declared, _bfloat16(array))
+    if "BYTES" not in (declared, found) and declared != "BF16":
+        wanted = np.dtype(DATATYPES[declared or found].dtype)
+        if np.can_cast(array.dtype, wanted, "same_kind"):
+            return Tensor(name, declared or found, array.astype(wanted))
+    raise Internal(f"output {name!r} is declared as {declared}; predict returned {found}")
+
+
+def _array(name: str, value: Any) -> Array:
+    """Text as an array of objects: numpy's own drops zeros at the end of bytes."""
+    try:
+        array: Array = np.asarray(value)
+        if array.dtype.kind in "SU" and not isinstance(value, np.ndarray):
+            array = np.array(value, dtype=object)
+    except Exception as error:  # rows of unequal length, or a user's __array__
+        raise Internal(
+            f"output {name!r} is a {type(value).__name__} that makes no array: {_line(error)}"
+        ) from None
+    return array.astype(object) if array.dtype.kind in "SU" else array
+
+
+def _encoded(name: str, array: Array) -> Array:
+    encoded = np.empty(array.shape, dtype=object)
+    flat = encoded.reshape(-1)
+    for index, element in enumerate(array.reshape(-1).tolist()):
+        if not isinstance(element, str | bytes):
+            raise Internal(
+                f"output {name!r} is an array of objects; element {index} is a "
+                f"{type(element).__name__}, neither str nor bytes"
+            )
+        flat[index] = element if isinstance(element, bytes) else element.encode()
+    return encoded
+
+
+def _bfloat16(array: Array) -> Array:
+    """The upper half of a float32's bits, rounded to even."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32).reshape(array.shape)
+    rounded: Array = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    rounded[np.isnan(array)] = 0x7FC0
+    return rounded
 
 
 def _unloaded(*arguments: Any) -> Any:
-    raise Internal("the model was unloaded")
+    raise Unavailable("the model was unloaded; try again")
 
 
 def _no_memory(spec: ModelSpec, file: Path) -> LoadFailed:
@@ -290,9 +360,14 @@ def _no_memory(spec: ModelSpec, file: Path) -> LoadFailed:
 
 
 def _failed(spec: ModelSpec, file: Path, what: str, error: BaseException) -> LoadFailed:
+    hint = ""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        sibling = error.name.partition(".")[0]
+        if (file.parent / f"{sibling}.py").exists() or (file.parent / sibling).is_dir():
+            hint = f"; its own files are imported as 'from .{sibling} import ...'"
     return LoadFailed(
         f"model {spec.model_id!r}: {file.name} {what}: {type(error).__name__}: {_line(error)} "
-        f"({_where(error, file)})"
+        f"({_where(error, file)}){hint}"
     )
 
 
