@@ -1,22 +1,25 @@
 """LightGBM models: its text form (``.txt``, ``.bst``), through ``Booster.predict``.
 
 One matrix of features in, ``predict`` out, as LightGBM's objective shapes it: a value a row, or a
-probability a class. lightgbm is imported by the first load; ``predict`` of one booster is safe from
-several threads. Fails with ``LoadFailed`` (FAILED_PRECONDITION) for a file that is no LightGBM
-model, with INVALID_ARGUMENT for rows that do not fit.
+probability a class. NaN is a missing value. A file is read by ``lightgbm_file`` first, since the
+library crashes on broken ones. lightgbm is imported by the first load; several threads may predict
+with one booster, which the library guards by a lock that readers share. Fails with ``LoadFailed``
+(FAILED_PRECONDITION) for a file that is no LightGBM model, with INVALID_ARGUMENT for rows that do
+not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from mesh.core.errors import Code, Internal, LoadFailed, ResourceExhausted
+from mesh.core.errors import Code, Internal, LoadFailed, MeshError, ResourceExhausted
 from mesh.runtimes import tabular
 from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
+from mesh.runtimes.lightgbm_file import Malformed, check_model
 from mesh.runtimes.native_memory import NativeHeap
 from mesh.runtimes.settings import RuntimeSettings
 
@@ -27,46 +30,52 @@ OUTPUT: Final = "predict"
 # The text is kept beside the trees that are made of it.
 _CONTENT_FACTOR: Final = 2.0
 _BOOSTER_BYTES: Final = 256 * 1024
-# Every LightGBM text ends so; a file without it was cut off, which the library does not notice.
-_END: Final = b"end of parameters"
-_TAIL_BYTES: Final = 256 * 1024
+# What the library reads without a copy.
+_DTYPES: Final = (np.dtype(np.float64), np.dtype(np.float32))
+# A row of zeros tells the answer's shape, unless it would itself be large.
+_PROBED_FEATURES_MAX: Final = 1 << 20
+
+Predict = Callable[[Array], Any]
 
 
 class LightgbmModel:
-    __slots__ = ("_booster", "_heap", "_names", "_threads", "_width", "metadata", "size_bytes")
+    __slots__ = ("_heap", "_names", "_output", "_predict", "_width", "metadata", "size_bytes")
 
     def __init__(
         self,
-        booster: Any,
+        predict: Predict,
+        names: Sequence[str] | None,
+        width: int,
         metadata: ModelMetadata,
         size_bytes: int,
-        threads: int,
         heap: NativeHeap,
     ) -> None:
         self.metadata = metadata
         self.size_bytes = size_bytes
-        self._booster = booster
+        self._predict = predict
         self._heap = heap
-        self._threads = threads
-        self._names = booster.feature_name()
-        self._width = int(booster.num_feature())
+        self._names = names
+        self._width = width
+        (self._output,) = metadata.outputs
 
     def infer(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], parameters: Mapping[str, Any]
     ) -> list[Tensor]:
-        matrix = tabular.number_matrix(inputs, self._names, self._width)
-        if matrix.dtype not in (np.float32, np.float64):
-            matrix = matrix.astype(np.float64)
+        matrix = tabular.number_matrix(inputs, self._names, self._width, _DTYPES)
+        if not len(matrix):  # the library divides by the number of rows
+            return [tabular.output_tensor(self._output, None, 0)]
         try:
-            answer = self._booster.predict(matrix, num_threads=self._threads)
+            answer = self._predict(matrix)
+        except MeshError:
+            raise
         except MemoryError:
             raise ResourceExhausted("out of memory in predict") from None
         except Exception as error:
             raise Internal(f"LightGBM failed: {tabular.one_line(error)}") from None
-        return [tabular.column_tensor(OUTPUT, answer)]
+        return [tabular.output_tensor(self._output, answer, len(matrix))]
 
     def unload(self) -> None:
-        self._booster = None
+        self._predict = tabular.unloaded
         self._heap.released(self.size_bytes)
 
 
@@ -78,19 +87,20 @@ class LightgbmRuntime:
         self._heap = heap
 
     def predict_size_bytes(self, spec: ModelSpec) -> int:
-        return _predicted_bytes(tabular.file_bytes(_file(spec), spec))
+        return _predicted_bytes(tabular.file_bytes(model_file(spec), spec))
 
     def load(self, spec: ModelSpec) -> LightgbmModel:
-        path = _file(spec)
-        content_bytes = tabular.file_bytes(path, spec)
-        _check_text(path, content_bytes, spec)
+        path = model_file(spec)
+        text = _checked(path, spec)
+        content_bytes = len(text)
         import lightgbm
 
         threads = spec.options.threads or self._settings.intra_op_threads
         with self._heap.measure() as growth:
             try:
-                booster = lightgbm.Booster(model_file=str(path))
-                found = _metadata(booster, threads)
+                booster = lightgbm.Booster(model_str=text)
+                predict = _predict_of(booster, threads)
+                found = _metadata(booster, predict)
             except MemoryError:
                 raise LoadFailed(
                     f"model {spec.model_id!r}: out of memory while loading {path.name}",
@@ -101,40 +111,47 @@ class LightgbmRuntime:
                     f"model {spec.model_id!r}: LightGBM cannot load {path.name}: "
                     f"{tabular.one_line(error)}"
                 ) from None
-        predicted = _predicted_bytes(content_bytes)
-        measured = predicted if growth.bytes_ is None else growth.bytes_ + _BOOSTER_BYTES
-        size_bytes = min(max(measured, content_bytes // 2 + _BOOSTER_BYTES), 2 * predicted)
+        size_bytes = tabular.settled_bytes(
+            growth.bytes_, _predicted_bytes(content_bytes), content_bytes, _BOOSTER_BYTES
+        )
+        names = tabular.stated_features(booster.feature_name(), spec)
+        width = tabular.width_of(found)
         metadata = tabular.described(found, spec)
-        return LightgbmModel(booster, metadata, size_bytes, threads, self._heap)
+        return LightgbmModel(predict, names, width, metadata, size_bytes, self._heap)
 
 
-def _file(spec: ModelSpec) -> Path:
-    if spec.options.file and not spec.path.is_file():
-        return spec.path / spec.options.file
+def model_file(spec: ModelSpec) -> Path:
+    """The file to load; raises LoadFailed when there is none or more than one could be meant."""
     return tabular.only_file(spec, SUFFIXES)
 
 
-def _check_text(path: Path, content_bytes: int, spec: ModelSpec) -> None:
-    """LightGBM crashes the process on some texts that are not its own, and loads half a model."""
-    with path.open("rb") as file:
-        start = file.read(64)
-        file.seek(max(0, content_bytes - _TAIL_BYTES))
-        tail = file.read()
-    if not start.startswith(b"tree\n"):
-        what = "an XGBoost model" if start.lstrip()[:1] == b"{" or b"learner" in start else "none"
+def _checked(path: Path, spec: ModelSpec) -> str:
+    """The file's text, held to be what LightGBM can be trusted with."""
+    tabular.file_bytes(path, spec)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise tabular.unreadable(path, spec, error) from None
+    tabular.refuse_foreign(path, content, spec, "lightgbm")
+    try:
+        check_model(content)
+        return content.decode()
+    except (Malformed, UnicodeDecodeError) as error:
         raise LoadFailed(
-            f"model {spec.model_id!r}: {path.name} is no LightGBM text (it begins with "
-            f"{start[:12]!r})"
-            + ("; it may be " + what + ": say modelFormat xgboost" if what != "none" else "")
-        )
-    if _END not in tail:
-        raise LoadFailed(f"model {spec.model_id!r}: {path.name} is cut off: its end is missing")
+            f"model {spec.model_id!r}: {path.name} is no whole LightGBM text: {error}"
+        ) from None
 
 
-def _metadata(booster: Any, threads: int) -> ModelMetadata:
+def _predict_of(booster: Any, threads: int) -> Predict:
+    return lambda matrix: booster.predict(matrix, num_threads=threads)
+
+
+def _metadata(booster: Any, predict: Predict) -> ModelMetadata:
     width = int(booster.num_feature())
-    answer = np.asarray(booster.predict(np.zeros((1, width)), num_threads=threads))
-    shape = (-1, 1) if answer.ndim == 1 else (-1, *answer.shape[1:])
+    shape: tuple[int, ...] = (-1, -1)
+    if width <= _PROBED_FEATURES_MAX:
+        answer = np.asarray(predict(np.zeros((1, width))))
+        shape = (-1, 1) if answer.ndim == 1 else (-1, *answer.shape[1:])
     return ModelMetadata(
         platform=PLATFORM,
         versions=(),
