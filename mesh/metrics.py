@@ -330,8 +330,8 @@ class InstanceMetrics(_Recorder):
     """Series of an instance process. Histograms for ``observe``: loadmodel, unloadmodel,
     req_queue_delay, loading_queue_delay, model_sizing, cache_miss (ms), loaded_model_size (bytes),
     age_at_eviction (ms), batch_size (rows). Counters: loads (model_type, outcome), evictions
-    (reason), decisions (kind, reason), loadmodel_failure, unloadmodel_failure, unloadmodel_attempt_failure.
-    ``used_bps`` follows from ``used_bytes`` and ``capacity_bytes``."""
+    (reason), decisions (kind, reason), loadmodel_failure, unloadmodel_failure,
+    unloadmodel_attempt_failure. ``used_bps`` follows from ``used_bytes`` and ``capacity_bytes``."""
 
     role = Role.INSTANCE
     request_histograms = ("invoke_model",)

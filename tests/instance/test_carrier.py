@@ -217,7 +217,7 @@ async def test_no_more_than_its_process_takes_are_there_at_once_and_the_rest_wai
             await here.unary(INFER, b"", metadata=header(), timeout_s=WAIT_S)
         assert caught.value.code is Code.RESOURCE_EXHAUSTED
         assert (b"mesh-error", b"overloaded") in caught.value.trailers
-        assert len(elsewhere.calls) == 2
+        await until(lambda: len(elsewhere.calls) == 2)
         elsewhere.release()
         answers = await asyncio.gather(*asking)
         assert sorted(one.message[:6] for one in answers) == [b"m|inne", b"m|late", b"m|late"]

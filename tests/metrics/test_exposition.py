@@ -19,6 +19,7 @@ MESSAGE = ("128.0", "512.0", "2048.0", "8192.0", "32768.0", "131072.0", "524288.
            "+Inf")  # fmt: skip
 MODEL = ("262144.0", "1048576.0", "4194304.0", "16777216.0", "67108864.0", "268435456.0",
          "1073741824.0", "4294967296.0", "+Inf")  # fmt: skip
+ROWS = ("1.0", "2.0", "4.0", "8.0", "16.0", "32.0", "64.0", "128.0", "256.0", "512.0", "+Inf")
 
 # (name, labels, bucket bounds): ModelMesh's histograms as its users query them.
 ROUTER_HISTOGRAMS = [
@@ -37,6 +38,7 @@ INSTANCE_HISTOGRAMS = [
     ("modelmesh_model_sizing_milliseconds", (), MS),
     ("modelmesh_loaded_model_size_bytes", (), MODEL),
     ("modelmesh_age_at_eviction_milliseconds", (), AGE),
+    ("mesh_batch_size", (), ROWS),
 ]
 ROUTER_GAUGES = [
     "modelmesh_models_loaded_total",
@@ -134,7 +136,8 @@ def filled_instance() -> InstanceMetrics:
     metrics = InstanceMetrics(version="1.2.3")
     metrics.invoke_done("/inference.GRPCInferenceService/ModelInfer", 3, 0.2)
     for key in ("loadmodel", "unloadmodel", "req_queue_delay", "loading_queue_delay",
-                "model_sizing", "cache_miss", "loaded_model_size", "age_at_eviction"):  # fmt: skip
+                "model_sizing", "cache_miss", "loaded_model_size", "age_at_eviction",
+                "batch_size"):  # fmt: skip
         metrics.observe(key, 5.0)
     for key in ("lru_seconds", "lru_age_seconds", "capacity_bytes", "used_bytes", "models_total",
                 "loading", "queued", "inflight", "connections", "store_connected"):  # fmt: skip
