@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,12 +29,19 @@ from mesh.runtimes.api import ModelSpec
 
 SAVE_HINT: Final = "save the model with torch.jit.save (.pt) or torch.export.save (.pt2)"
 
+# Of a zip file, at its end: signature, disks, entries, the directory's size and place, a comment.
+_END: Final = struct.Struct("<4s4H2LH")
+_LOCATOR64: Final = struct.Struct("<4sLQL")
+_END64: Final = struct.Struct("<4sQ2H2L4Q")
 _TENSORS: Final = ("data/", "constants/")
 # Bound on one description inside the archive; the largest seen, of a 1B transformer, has 20 MB.
 _JSON_BYTES_MAX: Final = 256 * 1024 * 1024
 _CODE_BYTES_MAX: Final = 64 * 1024 * 1024
 _TOUCHES_FILES: Final = re.compile(rb"\b(?:torch|aten|ops\.aten)\.(?:from_file|save|load)\b")
 
+_DAMAGED: Final = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, struct.error),
+)
 _NAME: Final = re.compile(r"[\w.\-]*")
 _TEXT: Final = re.compile(r"[\w.+\- /]*")
 _SYMBOL: Final = re.compile(r"[a-z]+\d+")
@@ -100,17 +108,43 @@ def open_archive(path: Path, spec: ModelSpec) -> PytorchArchive:
     def refused(why: str) -> LoadFailed:
         return LoadFailed(f"model {spec.model_id!r}: {path.name} {why}")
 
-    if not zipfile.is_zipfile(path):
-        raise refused(_not_a_zip(path))
     try:
+        if not _ends_as_an_archive(path):
+            raise refused(_not_a_zip(path))
         with zipfile.ZipFile(path) as archive:
+            if not _directory_is_where_it_says(path, archive):
+                raise refused("is damaged: its directory is not where it says")
             return _looked_into(archive, refused)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
+    except _DAMAGED as error:
         raise refused(f"is damaged: {tabular.one_line(error)}") from None
     except (ValueError, RecursionError) as error:  # of json
         raise refused(f"has a damaged description: {tabular.one_line(error)}") from None
     except OSError as error:
         raise tabular.unreadable(path, spec, error) from None
+
+
+def _ends_as_an_archive(path: Path) -> bool:
+    """PyTorch's archives have no comment. One that is cut off may still hold a whole archive, its
+    example inputs, which Python's reader would take for it."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _END.size))
+        return file.read().startswith(b"PK\x05\x06")
+
+
+def _directory_is_where_it_says(path: Path, archive: zipfile.ZipFile) -> bool:
+    """Python's reader looks before the end for the directory, PyTorch's where the end says that it
+    is: they must see the same entries."""
+    with path.open("rb") as file:
+        end_at = file.seek(path.stat().st_size - _END.size)
+        *_, directory_at, comment_bytes = _END.unpack(file.read(_END.size))
+        record_at = end_at - _LOCATOR64.size - _END64.size
+        if record_at >= 0:
+            file.seek(record_at)
+            *_, directory64_at = _END64.unpack(file.read(_END64.size))
+            signature, _, said_at, _ = _LOCATOR64.unpack(file.read(_LOCATOR64.size))
+            if signature == b"PK\x06\x07":  # of 4 GB or more
+                directory_at = directory64_at if said_at == record_at else -1
+    return bool(comment_bytes == 0 and directory_at == archive.start_dir)
 
 
 def _not_a_zip(path: Path) -> str:
@@ -186,15 +220,21 @@ def _check_export(
     refused: Callable[[str], LoadFailed],
 ) -> None:
     for name, entry in entries.items():
-        if name.startswith(("data/weights/", "data/constants/")):
-            if name.endswith(".pt"):
+        folder, _, file = name.rpartition("/")
+        if folder in ("data/weights", "data/constants"):
+            if file.endswith(".pt"):
                 raise refused("has pickled weights; save it with torch.export.save of PyTorch 2.8")
-            if name.endswith(".json"):
+            if file.endswith(".json"):
                 for one, payload in _json(archive, entry, refused).get("config", {}).items():
                     held = str(payload.get("path_name", ""))
                     if payload.get("use_pickle") or not held.startswith(("weight_", "tensor_")):
                         raise refused(f"has a pickled object, {one!r}, not plain weights")
-        elif name.startswith("models/"):
+                    if f"{folder}/{held}" not in entries:
+                        raise refused(f"lacks the weights of {one!r} ({held})")
+        elif folder == "models":
+            # Its loader hides what it misses behind a general word.
+            if f"data/sample_inputs/{file.removesuffix('.json')}.pt" not in entries:
+                raise refused("lacks the example inputs that torch.export.save writes")
             for problem in _problems(_json(archive, entry, refused)):
                 raise refused(f"has {problem}; PyTorch would run it as code, so it is refused")
 

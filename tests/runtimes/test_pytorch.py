@@ -127,6 +127,53 @@ def test_a_file_that_is_cut_off_or_something_else_is_refused(trained, tmp_path: 
             RUNTIME.load(spec(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("weights/weight_0", r"lacks the weights of 'weight' \(weight_0\)"),
+        ("sample_inputs", "lacks the example inputs"),
+        ("model_weights_config", "cannot load model.pt2: .*model_weights_config.json not found"),
+        ("models/model.json", "not a program"),
+    ],
+)
+def test_an_exported_program_with_something_missing_is_refused(
+    missing: str, words: str, tmp_path: Path
+) -> None:
+    path = export(torch.nn.Linear(4, 3), (torch.ones(2, 4),), tmp_path) / "model.pt2"
+    rewritten(path, lambda name, content: None if missing in name else content)
+    with pytest.raises(LoadFailed, match=words) as caught:
+        RUNTIME.load(spec(path))
+    assert caught.value.code is Code.FAILED_PRECONDITION
+    assert str(tmp_path) not in caught.value.message
+
+
+def test_a_damaged_description_is_refused(tmp_path: Path) -> None:
+    path = export(torch.nn.Linear(4, 3), (torch.ones(2, 4),), tmp_path) / "model.pt2"
+    whole = path.read_bytes()
+    for content, words in (
+        (whole[:-200], "is cut off"),
+        (whole.replace(b'"graph_module"', b'"graph_modul_"'), "is damaged: Bad CRC"),
+    ):
+        path.write_bytes(content)
+        assert RUNTIME.predict_size_bytes(spec(path)) > 0
+        with pytest.raises(LoadFailed, match=words):
+            RUNTIME.load(spec(path))
+
+
+def test_two_files_that_may_be_meant_are_named(trained, tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pt"):
+        torch.jit.script(trained).save(str(tmp_path / name))
+    with pytest.raises(LoadFailed, match=r"found a\.pt, b\.pt"):
+        RUNTIME.load(spec(tmp_path))
+    assert RUNTIME.load(spec(tmp_path, file="b.pt")).metadata.inputs
+
+
+def test_an_exported_program_is_told_by_its_content_not_its_name(tmp_path: Path) -> None:
+    path = export(torch.nn.Linear(4, 3), (torch.ones(2, 4),), tmp_path) / "model.pt2"
+    path = path.rename(tmp_path / "model.pt")
+    assert RUNTIME.load(spec(path)).metadata.inputs == (TensorSpec("input", "FP32", (2, 4)),)
+
+
 def test_a_device_that_is_not_there_is_said(trained, tmp_path: Path) -> None:
     torch.jit.script(trained).save(str(tmp_path / "model.pt"))
     runtime = RuntimeRegistry(RuntimeSettings(device="cuda:7")).format_runtime("pytorch")
@@ -373,6 +420,16 @@ class TestNothingIsRun:
         with zipfile.ZipFile(exported, "a") as archive:
             archive.writestr("model/MODELS/model.json", b"{}")
         with pytest.raises(LoadFailed, match="two entries named"):
+            RUNTIME.load(spec(exported))
+
+    def test_a_directory_that_two_readers_would_find_in_different_places(
+        self, exported: Path
+    ) -> None:
+        whole = exported.read_bytes()
+        # Bytes before the directory: one reader counts from the end, the other from the start.
+        place = int.from_bytes(whole[-6:-2], "little")
+        exported.write_bytes(whole[:place] + b"0" * 8 + whole[place:])
+        with pytest.raises(LoadFailed, match="directory is not where it says"):
             RUNTIME.load(spec(exported))
 
     @pytest.mark.parametrize(
