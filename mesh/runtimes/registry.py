@@ -48,7 +48,10 @@ def _sklearn(settings: RuntimeSettings, heap: NativeHeap) -> Runtime:
     from mesh.runtimes.sklearn import SklearnRuntime
 
     return SklearnRuntime(
-        allow_pickle=settings.allow_pickle, trusted_types=settings.trusted_types, heap=heap
+        allow_pickle=settings.allow_pickle,
+        trusted_types=settings.trusted_types,
+        heap=heap,
+        threads=settings.intra_op_threads,
     )
 
 

@@ -32,7 +32,7 @@ from mesh.core.errors import (
 from mesh.runtimes import tabular
 from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
 from mesh.runtimes.native_memory import NativeHeap
-from mesh.runtimes.tabular import one_line
+from mesh.runtimes.tabular import column_tensor, feature_matrix, one_line
 
 PLATFORM: Final = "sklearn"
 SKOPS_SUFFIX: Final = ".skops"
@@ -79,45 +79,68 @@ _OBJECT_BYTES: Final = 128 * 1024
 class SklearnModel:
     """One fitted estimator or pipeline. Predicting does not change it, so threads may share it."""
 
-    __slots__ = ("_default", "_estimator", "_feature_names", "_heap", "metadata", "size_bytes")
+    __slots__ = (
+        "_default",
+        "_feature_names",
+        "_heap",
+        "_methods",
+        "_stated",
+        "metadata",
+        "size_bytes",
+    )
 
     def __init__(
-        self, estimator: Any, metadata: ModelMetadata, size_bytes: int, heap: NativeHeap
+        self,
+        estimator: Any,
+        feature_names: Sequence[str] | None,
+        methods: Mapping[str, str],
+        stated: frozenset[str],
+        metadata: ModelMetadata,
+        size_bytes: int,
+        heap: NativeHeap,
     ) -> None:
+        """``methods``: name of each output to the estimator's method that answers it. ``stated``:
+        the outputs whose datatype the model's description gives."""
         self.metadata = metadata
         self.size_bytes = size_bytes
-        self._estimator = estimator
         self._heap = heap
-        self._default = (self.metadata.outputs[0].name,)
-        names = getattr(estimator, "feature_names_in_", None)
-        self._feature_names = None if names is None else [str(name) for name in names]
+        self._feature_names = feature_names
+        # Bound once: looking up what a pipeline has costs 5 us a call.
+        self._methods = {
+            spec.name: (getattr(estimator, methods[spec.name]), spec) for spec in metadata.outputs
+        }
+        self._default = (metadata.outputs[0].name,)
+        self._stated = stated
 
     def infer(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], parameters: Mapping[str, Any]
     ) -> list[Tensor]:
-        features = tabular.feature_matrix(inputs, self._feature_names)
+        features = feature_matrix(inputs, self._feature_names)
         answers: list[Tensor] = []
         for name in outputs or self._default:
-            method = getattr(self._estimator, name)
+            method, spec = self._methods[name]
             try:
                 answer = method(features)
+            except MeshError:
+                raise
             except (ValueError, TypeError) as error:
                 raise InvalidArgument(
                     f"scikit-learn refused the input: {one_line(error)}"
                 ) from None
             except MemoryError as error:
-                raise ResourceExhausted(
-                    f"out of memory in {name}: {one_line(error)}"
-                ) from None
+                raise ResourceExhausted(f"out of memory in {name}: {one_line(error)}") from None
             except Exception as error:
-                raise Internal(
-                    f"scikit-learn failed in {name}: {one_line(error)}"
-                ) from None
-            answers.append(tabular.column_tensor(name, answer))
+                raise Internal(f"scikit-learn failed in {name}: {one_line(error)}") from None
+            tensor = column_tensor(name, answer)
+            if name in self._stated:
+                tensor = tabular.restated(tensor, spec)
+            answers.append(tensor)
         return answers
 
     def unload(self) -> None:
-        self._estimator = None
+        self._methods = {
+            name: (tabular.unloaded, spec) for name, (_, spec) in self._methods.items()
+        }
         self._heap.released(self.size_bytes)
 
 
@@ -132,10 +155,12 @@ class SklearnRuntime:
         allow_pickle: bool = False,
         trusted_types: Sequence[str] = (),
         heap: NativeHeap | None = None,
+        threads: int = 1,
     ) -> None:
         self._allow_pickle = allow_pickle
         self._trusted_types = (*TRUSTED_TYPES, *trusted_types)
         self._heap = heap or NativeHeap()
+        self._threads = threads
 
     def predict_size_bytes(self, spec: ModelSpec) -> int:
         return _predicted_bytes(_content_bytes(model_file(spec), spec))
@@ -182,12 +207,24 @@ class SklearnRuntime:
                 f"model {spec.model_id!r}: {path.name} holds a {type(estimator).__name__}, "
                 f"not a scikit-learn estimator with one of {', '.join(_METHODS)}"
             )
-        # Small Python objects do not show on the C heap: never less than what was stored.
-        predicted = _predicted_bytes(content_bytes)
-        measured = predicted if growth.bytes_ is None else growth.bytes_ + _OBJECT_BYTES
-        size_bytes = min(max(measured, content_bytes + _OBJECT_BYTES), 2 * predicted)
-        metadata = tabular.described(_metadata(estimator), spec)
-        return SklearnModel(estimator, metadata, size_bytes, self._heap)
+        size_bytes = tabular.settled_bytes(
+            growth.bytes_, _predicted_bytes(content_bytes), content_bytes, _OBJECT_BYTES
+        )
+        _limit_threads(estimator, spec.options.threads or self._threads)
+        found = _metadata(estimator)
+        metadata = tabular.described(found, spec)
+        return SklearnModel(
+            estimator,
+            tabular.stated_features(_feature_names(estimator), spec),
+            {
+                output.name: method.name
+                for output, method in zip(metadata.outputs, found.outputs, strict=True)
+            },
+            frozenset(output.name for output in spec.options.outputs),
+            metadata,
+            size_bytes,
+            self._heap,
+        )
 
     def _load_skops(self, skops_io: Any, path: Path, spec: ModelSpec) -> Any:
         untrusted = set(skops_io.get_untrusted_types(file=path)) - set(self._trusted_types)
@@ -202,8 +239,6 @@ class SklearnRuntime:
 
 def model_file(spec: ModelSpec) -> Path:
     """The file to load; raises LoadFailed when there is none or more than one could be meant."""
-    if spec.options.file and not spec.path.is_file():
-        return spec.path / spec.options.file
     return tabular.only_file(spec, (SKOPS_SUFFIX, *PICKLE_SUFFIXES), _STEM)
 
 
@@ -224,6 +259,21 @@ def _content_bytes(path: Path, spec: ModelSpec) -> int:
 
 def _predicted_bytes(content_bytes: int) -> int:
     return round(content_bytes * _CONTENT_FACTOR) + _OBJECT_BYTES
+
+
+def _limit_threads(estimator: Any, threads: int) -> None:
+    """A model that was trained with ``n_jobs=-1`` would start threads for each request. Answers
+    are the same with any number of them."""
+    if not hasattr(estimator, "get_params"):
+        return
+    stored = [name for name in estimator.get_params(deep=True) if name.split("__")[-1] == "n_jobs"]
+    if stored:
+        estimator.set_params(**dict.fromkeys(stored, threads))
+
+
+def _feature_names(estimator: Any) -> list[str] | None:
+    names = getattr(estimator, "feature_names_in_", None)
+    return None if names is None else [str(name) for name in names]
 
 
 def _methods(estimator: Any) -> list[str]:
