@@ -65,6 +65,10 @@ class Policy:
     # A request is held so long for others when the model does not say: by default only what waits
     # anyway is joined.
     batch_wait_max_us: int = 0
+    # When a joined run has ended, the next one waits for those who were just answered to ask again,
+    # for this share of its time and theirs at most: else clients fall into two halves that take
+    # turns, and a run of half the rows takes far more than half the time.
+    batch_gather_share: float = 0.10
     # A joined run must save at least this share of a request's time: less is noise.
     batch_gain_min_share: float = 0.10
     # Requests of one trial whether joining pays: each of them waits for all to be run alone.

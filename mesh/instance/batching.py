@@ -183,7 +183,10 @@ class Batching:
     that the owner states) collects; ``hold_from``: worth trying when so many are answered."""
 
     __slots__ = (
+        "_crowd",
         "_fits",
+        "_gather_until_ns",
+        "_last_ns",
         "_lone",
         "_model",
         "_quiet",
@@ -211,6 +214,9 @@ class Batching:
         self._lone = 0  # times in a row that only one request was held
         self._quiet = _QUIET_FIRST
         self._quiet_until = 0
+        self._crowd = 0  # requests that the next run may have
+        self._gather_until_ns = 0
+        self._last_ns = 0  # time of the last joined run
         self.terms = Terms(0)
         self.standing = core.begun(self._fits, self.terms)
         self.held: list[Job] = []
@@ -258,10 +264,25 @@ class Batching:
         self.joined_runs += 1
         self.joined_requests += requests
         self.joined_rows += rows
+        self._last_ns = elapsed_ns
         self.learn(rows, elapsed_ns)
         standing = core.joined(self.standing, rows, self.terms)
         if standing is not self.standing:
             self.stand(standing)
+
+    def ended(
+        self, answered: int, waiting: int, since_ns: int, now_ns: int, policy: Policy
+    ) -> None:
+        """A run has: those who were answered, from ``since_ns`` on, may ask again at once."""
+        self._crowd = min(answered + waiting, self.standing.rows)
+        share = policy.batch_gather_share if self._crowd > 1 else 0.0
+        # So many may never have run: as many as there were take no longer.
+        next_ns = self.predicted_ns(self._crowd) or self._last_ns
+        self._gather_until_ns = now_ns + int((next_ns + now_ns - since_ns) * share)
+
+    def gathering_ns(self, waiting: int, now_ns: int) -> int:
+        """How much longer the next run may wait for them."""
+        return 0 if waiting >= self._crowd else self._gather_until_ns - now_ns
 
     def learn(self, rows: int, elapsed_ns: int) -> None:
         """Moves quickly down and slowly up, as the copy's other times do."""

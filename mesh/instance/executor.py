@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 MAX_HELD_BYTES: Final = 256 * 1024 * 1024
 # Inline requests that wait for the next turn of the loop; beyond that threads help.
 MAX_DEFERRED: Final = 256
+_COARSE_NS: Final = 2_000_000
 OVERLOADED: Final = (("mesh-error", "overloaded"),)
 NOT_HERE: Final = (("mesh-error", "not-here"),)
 
@@ -329,7 +330,9 @@ class Executor:
     def _line_up(self, servable: Servable) -> None:
         limit = min(servable.max_concurrency, self._per_copy)
         batch = servable.batch
-        if batch.on and servable.running and len(servable.queue) < batch.inside:
+        if batch.on and (
+            batch.resuming or (servable.running and len(servable.queue) < batch.inside)
+        ):
             return  # fewer at once, and more in each: these wait for what is inside
         if servable.queue and not servable.queued_ready and servable.running < limit:
             servable.queued_ready = True
@@ -380,6 +383,7 @@ class Executor:
             self._inside -= len(jobs)
             servable.running -= 1
             batch.inside -= len(jobs)
+            since_ns = perf_counter_ns()
             for job in jobs:
                 self._answer(job)
                 self.end(job)
@@ -387,6 +391,8 @@ class Executor:
                 self._joining.ran(run)
             if batch.on and len(servable.queue) < batch.standing.rows:
                 # What has arrived meanwhile is read first, so that it can join.
+                now_ns = perf_counter_ns()
+                batch.ended(len(jobs), len(servable.queue), since_ns, now_ns, self.policy)
                 if not batch.resuming:
                     batch.resuming = True
                     self._loop.call_soon(self._resume, servable)
@@ -395,7 +401,15 @@ class Executor:
         self._dispatch()
 
     def _resume(self, servable: Servable) -> None:
-        servable.batch.resuming = False
+        batch = servable.batch
+        left_ns = batch.gathering_ns(len(servable.queue), perf_counter_ns())
+        if left_ns > _COARSE_NS:  # timers count whole milliseconds
+            self._loop.call_later(0.001, self._resume, servable)
+            return
+        if left_ns > 0:
+            self._loop.call_soon(self._resume, servable)
+            return
+        batch.resuming = False
         self._line_up(servable)
         self._dispatch()
 
