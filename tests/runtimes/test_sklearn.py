@@ -9,7 +9,7 @@ import numpy as np
 import numpy.testing
 import pytest
 import skops.io
-from sklearn.datasets import load_iris
+from sklearn.datasets import load_diabetes, load_iris
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
@@ -18,8 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from mesh.core.errors import Code, InvalidArgument, LoadFailed
-from mesh.runtimes.api import TensorSpec
-from mesh.runtimes.sklearn import SklearnRuntime
+from mesh.runtimes.api import ModelOptions, ModelSpec, TensorSpec
+from mesh.runtimes.sklearn import SklearnRuntime, _limit_threads
 
 from .models import spec
 
@@ -194,3 +194,67 @@ def test_missing_and_ambiguous_files(tmp_path: Path) -> None:
 def test_size_covers_the_content(skops_file: Path) -> None:
     model = load(skops_file)
     assert 0 < model.size_bytes <= 2 * RUNTIME.predict_size_bytes(spec(skops_file, "sklearn"))
+
+
+def described(path: Path, options: ModelOptions):
+    return RUNTIME.load(ModelSpec("m", "sklearn", path, options=options))
+
+
+def test_what_the_description_says_is_advertised_and_answered(skops_file: Path) -> None:
+    options = ModelOptions(
+        "model-settings.json",
+        inputs=(TensorSpec("flower", "FP32", (-1, 4)),),
+        outputs=(TensorSpec("species", "FP32", (-1, 1)),),
+    )
+    model = described(skops_file, options)
+    assert model.metadata.inputs == options.inputs
+    assert [output.name for output in model.metadata.outputs] == ["species", "predict_proba"]
+    (answer,) = model.infer({"flower": X[:2]}, (), {})
+    assert (answer.name, answer.datatype, answer.data.dtype) == ("species", "FP32", np.float32)
+
+
+def test_a_description_of_another_width_is_refused(skops_file: Path) -> None:
+    options = ModelOptions("config.pbtxt", inputs=(TensorSpec("x", "FP32", (-1, 5)),))
+    with pytest.raises(LoadFailed, match=r"config.pbtxt says .* 5 features; the model has 4"):
+        described(skops_file, options)
+
+
+def test_stored_n_jobs_give_way_to_the_threads_that_are_set(tmp_path: Path) -> None:
+    forest = RandomForestClassifier(3, n_jobs=-1).fit(X, Y)
+    pipeline = make_pipeline(StandardScaler(), forest)
+    _limit_threads(pipeline, 2)
+    assert forest.n_jobs == 2
+
+
+def test_regression_answers_as_the_library_does(tmp_path: Path) -> None:
+    x, y = load_diabetes(return_X_y=True)
+    ridge = Ridge().fit(x, y)
+    skops.io.dump(ridge, tmp_path / "model.skops")
+    (answer,) = load(tmp_path).infer({"x": x}, (), {})
+    np.testing.assert_allclose(answer.data[:, 0], ridge.predict(x), atol=1e-6)
+
+
+def test_text_where_numbers_are_wanted_is_the_clients_fault(skops_file: Path) -> None:
+    with pytest.raises(InvalidArgument, match="could not convert string to float"):
+        load(skops_file).infer({"x": np.array([[b"a", b"b", b"c", b"d"]], dtype=object)}, (), {})
+
+
+@pytest.mark.parametrize("name", ["model.skops", "model.joblib"])
+def test_a_cut_off_or_empty_file_is_refused(
+    name: str, iris: LogisticRegression, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    (skops.io.dump if name.endswith("skops") else joblib.dump)(iris, path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        path.write_bytes(content)
+        with pytest.raises(LoadFailed, match=name):
+            load(tmp_path, allow_pickle=True)
+
+
+def test_the_refusal_of_a_pickle_names_both_ways_to_allow_it(tmp_path: Path) -> None:
+    joblib.dump(Ridge(), tmp_path / "model.joblib")
+    with pytest.raises(LoadFailed) as caught:
+        load(tmp_path)
+    for words in ("--allow-pickle", "MESH_ALLOW_PICKLE=1", "supportedModelFormats lists pickle"):
+        assert words in caught.value.message
