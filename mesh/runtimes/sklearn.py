@@ -132,7 +132,7 @@ class SklearnModel:
             except Exception as error:
                 raise Internal(f"scikit-learn failed in {name}: {one_line(error)}") from None
             tensor = column_tensor(name, answer)
-            if name in self._stated:
+            if self._stated and name in self._stated:
                 tensor = tabular.restated(tensor, spec)
             answers.append(tensor)
         return answers
