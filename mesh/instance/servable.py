@@ -112,12 +112,18 @@ class Servable:
         self.remote = model if is_remote(model) else None
         self.versions: dict[str, Servable] | None = None
         names: tuple[str, ...] = ()
+        said = Wished()  # of joining requests, by the model's own file
         if isinstance(model, VersionedModel):
-            names, latest = tuple(model.versions), model.latest
+            names, latest = tuple(filter(None, model.versions)), model.latest
+            said = Wished(model.options.max_batch_size, model.options.max_latency_us)
             if len(names) > 1:
                 self.versions = {
                     name: Servable(
-                        model_id, model_type, VersionedModel({name: one}), use, max_concurrency
+                        model_id,
+                        model_type,
+                        VersionedModel({name: one}, model.options),
+                        use,
+                        max_concurrency,
                     )
                     for name, one in model.versions.items()
                 }
@@ -129,7 +135,7 @@ class Servable:
         self.metadata = replace(metadata, versions=names) if names else metadata
         self.codec = InferCodec(self.metadata)
         self.use = use
-        self.batch = Batching(metadata, Wished(), remote=self.remote is not None)
+        self.batch = Batching(metadata, said, remote=self.remote is not None)
         # Its requests are held to the end of the turn, to be joined or to try whether that pays.
         self.collects = self.batch.on
         self.max_concurrency = max_concurrency

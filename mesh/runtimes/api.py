@@ -186,14 +186,18 @@ class RemoteModel(Protocol):
 class VersionedModel:
     """The named versions of one model, loaded together; ``latest`` answers when none is asked for.
 
-    ``versions`` are by name, the latest first; at least one. Not itself asked to infer: the serving
-    pod keeps a servable for each version.
+    ``versions`` are by name, the latest first; at least one, named "" where the artifact has no
+    versions. ``options``: what its own file says of all of them. Not itself asked to infer: the
+    serving pod keeps a servable for each version.
     """
 
-    __slots__ = ("latest", "versions")
+    __slots__ = ("latest", "options", "versions")
 
-    def __init__(self, versions: Mapping[str, LoadedModel]) -> None:
+    def __init__(
+        self, versions: Mapping[str, LoadedModel], options: ModelOptions = ModelOptions()
+    ) -> None:
         self.versions = dict(versions)
+        self.options = options
         self.latest = next(iter(self.versions.values()))
 
     @property

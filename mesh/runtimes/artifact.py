@@ -59,9 +59,11 @@ class ArtifactRuntime:
                 with contextlib.suppress(Exception):
                     model.unload()
             raise
-        if "" in models:  # no version folders
+        options = layout.options
+        says_batching = options.max_batch_size is not None or options.max_latency_us is not None
+        if "" in models and not says_batching:  # no version folders
             return models[""]
-        return VersionedModel(models)
+        return VersionedModel(models, options)
 
     def _runs_isolated(self, layout: Layout) -> bool:
         return any(

@@ -137,7 +137,9 @@ class Worker:
         except Exception as error:
             raise as_load_failure(spec.model_id, error) from None
         timed = (
-            VersionedModel({name: self._timed(one) for name, one in model.versions.items()})
+            VersionedModel(
+                {name: self._timed(one) for name, one in model.versions.items()}, model.options
+            )
             if isinstance(model, VersionedModel)
             else self._timed(model)
         )

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from bench.models import perceptron
 from mesh.core.errors import DeadlineExceeded, Internal, InvalidArgument
+from mesh.core.usage import Use
 from mesh.instance.describe import describe
-from mesh.runtimes.api import Array
+from mesh.instance.servable import Servable
+from mesh.runtimes.api import Array, ModelSpec
+from mesh.runtimes.registry import RuntimeRegistry
+from mesh.runtimes.settings import RuntimeSettings
 from protos import oip_pb2
 from tests.instance.fakes import running, until, with_policy
 from tests.instance.joined import (
@@ -287,3 +292,32 @@ async def test_a_changed_record_switches_joining_off_and_on(tmp_path: Path) -> N
         rig.register("m", max_batch_size=16, max_batch_latency_ms=3)
         await until(lambda: batch.on)
         assert batch.wait_us == 3_000
+
+
+# ---- what the model's own file says ----
+
+
+@pytest.mark.parametrize(
+    ("said", "reason", "rows", "wait_us"),
+    [
+        pytest.param("", "not_tried", 64, 0, id="nothing: it is found out"),
+        pytest.param("max_batch_size: 0", "switched_off", 0, 0, id="never"),
+        pytest.param("max_batch_size: 8", "not_tried", 8, 0, id="rows alone are a bound"),
+        pytest.param(
+            "max_batch_size: 8 dynamic_batching { max_queue_delay_microseconds: 300 }",
+            "stated", 8, 300, id="dynamic batching",
+        ),
+    ],
+)  # fmt: skip
+def test_a_config_pbtxt_says_how_requests_are_joined(
+    tmp_path: Path, said: str, reason: str, rows: int, wait_us: int
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(perceptron([4, 3]))
+    if said:
+        (tmp_path / "config.pbtxt").write_text(said, "utf-8")
+    registry = RuntimeRegistry(RuntimeSettings())
+    model = registry.runtime_for("onnx").load(ModelSpec("m", "onnx", tmp_path))
+    batch = Servable("m", "onnx", model, Use(), 4).batch
+    assert batch.standing.reason.value == reason
+    assert (batch.terms.max_rows, batch.terms.max_wait_us) == (rows, wait_us)
+    model.unload()
