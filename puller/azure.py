@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from obstore.store import AzureStore
 
 from puller.location import AzureLocation
-from puller.object_store import ERRORS, RETRY, classify, client_options
+from puller.object_store import ERRORS, RETRY, client_options, settings_wrong
 from puller.settings import PullerSettings
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ def open_azure(location: AzureLocation, settings: PullerSettings) -> AzureStore:
     credentials = location.credentials
     config: AzureConfig = {
         "account_name": location.account,
-        "container_name": location.bucket,
         "endpoint": location.where,
         "skip_signature": credentials.anonymous,
         "use_azure_cli": False,
@@ -43,5 +42,5 @@ def open_azure(location: AzureLocation, settings: PullerSettings) -> AzureStore:
     client = client_options(settings, location.where, location.certificate_pem)
     try:
         return AzureStore(location.bucket, config=config, client_options=client, retry_config=RETRY)
-    except ERRORS as error:
-        raise classify(error, location, None) from None
+    except ERRORS:
+        raise settings_wrong(location) from None

@@ -11,7 +11,7 @@ import orjson
 from obstore.store import GCSStore
 
 from puller.location import GcsLocation
-from puller.object_store import ERRORS, RETRY, classify, client_options
+from puller.object_store import ERRORS, RETRY, client_options, settings_wrong
 from puller.settings import PullerSettings
 
 if TYPE_CHECKING:
@@ -38,5 +38,5 @@ def open_gcs(location: GcsLocation, settings: PullerSettings) -> GCSStore:
     client = client_options(settings, location.endpoint, location.certificate_pem)
     try:
         return GCSStore(location.bucket, config=config, client_options=client, retry_config=RETRY)
-    except ERRORS as error:
-        raise classify(error, location, None) from None
+    except ERRORS:
+        raise settings_wrong(location) from None

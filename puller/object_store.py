@@ -207,6 +207,14 @@ def classify(error: Exception, location: StoreLocation, key: str | None) -> Exce
     return TransientSourceError(f"{where} cannot be reached or broke off ({_kind(text)})")
 
 
+def settings_wrong(location: StoreLocation) -> LoadFailed:
+    """A store that cannot even be set up. The library's words may quote a secret."""
+    return LoadFailed(
+        f"{location.uri}: the settings of {location.credentials_from} do not work: a key, a "
+        "certificate or an address there cannot be read"
+    )
+
+
 def _kind(text: str) -> str:
     kind = re.search(r"\bkind: (\w+)", text)
     match kind[1] if kind else "":

@@ -9,7 +9,7 @@ from obstore.store import S3Store
 
 from mesh.core.errors import LoadFailed
 from puller.location import S3Credentials, S3Location
-from puller.object_store import ERRORS, RETRY, classify, client_options
+from puller.object_store import ERRORS, RETRY, client_options, settings_wrong
 from puller.settings import PullerSettings
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def open_s3(location: S3Location, settings: PullerSettings) -> S3Store:
             config["role_arn"] = credentials.role_arn
             config["role_session_name"] = credentials.role_session_name or "modelmesh-py"
         return S3Store(location.bucket, config=config, client_options=client, retry_config=RETRY)
-    except ERRORS as error:
-        raise classify(error, location, None) from None
+    except ERRORS:
+        raise settings_wrong(location) from None
 
 
 def _static(credentials: S3Credentials) -> S3Credential:
