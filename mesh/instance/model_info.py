@@ -164,7 +164,7 @@ class ModelInfo:
         )
 
     def _model_config(self, call: ServerCall, message: bytes) -> Message:
-        """The axes are all in ``dims``: max_batch_size is 0, nothing is batched here."""
+        """The axes are all in ``dims``: max_batch_size is 0, for it would count one of them."""
         request = parse(oip_pb2.ModelConfigRequest, message)
         servable, name = self._find(call, request.name, request.version)
         metadata = servable.metadata
