@@ -144,9 +144,10 @@ class PythonRuntime:
         self._heap = heap
 
     def predict_size_bytes(self, spec: ModelSpec) -> int:
-        return _content_bytes(_model_file(spec).parent) + _OBJECT_BYTES
+        return _content_bytes(self._allowed_file(spec).parent) + _OBJECT_BYTES
 
-    def load(self, spec: ModelSpec) -> PythonModel:
+    def _allowed_file(self, spec: ModelSpec) -> Path:
+        """Asked before any memory is thought of: what is refused needs none."""
         file = _model_file(spec)
         if not self._settings.allow_python:
             raise LoadFailed(
@@ -155,6 +156,10 @@ class PythonRuntime:
                 "with --allow-python (MESH_ALLOW_PYTHON=1), or with a ServingRuntime whose "
                 "supportedModelFormats lists python (--serving-runtime FILE)"
             )
+        return file
+
+    def load(self, spec: ModelSpec) -> PythonModel:
+        file = self._allowed_file(spec)
         # Byte code would change the artifact, and be believed when the file is replaced by one of
         # equal size within a second.
         sys.dont_write_bytecode = True

@@ -163,9 +163,10 @@ class SklearnRuntime:
         self._threads = threads
 
     def predict_size_bytes(self, spec: ModelSpec) -> int:
-        return _predicted_bytes(_content_bytes(model_file(spec), spec))
+        return _predicted_bytes(_content_bytes(self._allowed_file(spec), spec))
 
-    def load(self, spec: ModelSpec) -> SklearnModel:
+    def _allowed_file(self, spec: ModelSpec) -> Path:
+        """Asked before any memory is thought of: what is refused needs none."""
         path = model_file(spec)
         if path.suffix in PICKLE_SUFFIXES and not self._allow_pickle:
             raise LoadFailed(
@@ -175,6 +176,10 @@ class SklearnRuntime:
                 f"--allow-pickle (MESH_ALLOW_PICKLE=1), or with a ServingRuntime whose "
                 f"supportedModelFormats lists pickle (--serving-runtime FILE)"
             )
+        return path
+
+    def load(self, spec: ModelSpec) -> SklearnModel:
+        path = self._allowed_file(spec)
         content_bytes = _content_bytes(path, spec)
         import joblib
         import sklearn.base
