@@ -30,7 +30,7 @@ from puller.safe_path import UnsafePathError, safe_relative_path
 from puller.storage_key import ModelKey, StorageEntry, checked_endpoint, checked_prefix
 
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
-_CONTAINER: Final = re.compile(r"\$root|\$web|[a-z0-9](-?[a-z0-9]){2,62}")
+_CONTAINER: Final = re.compile(r"\$root|\$web|[a-z0-9](?:[a-z0-9]|-(?=[a-z0-9])){2,62}")
 _ACCOUNT: Final = re.compile(r"[a-z0-9]{3,24}")
 # Azure's addresses, with and without a DNS zone, in its public and its national clouds.
 _AZURE_HOST: Final = re.compile(
