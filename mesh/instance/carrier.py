@@ -15,7 +15,7 @@ from collections.abc import Callable
 from time import monotonic, perf_counter_ns
 from typing import Final
 
-from mesh.core.errors import Internal, MeshError, ResourceExhausted
+from mesh.core.errors import Code, Internal, MeshError, ResourceExhausted
 from mesh.core.policy import Policy
 from mesh.instance.executor import NOT_HERE, OVERLOADED
 from mesh.instance.servable import Servable
@@ -254,6 +254,12 @@ class Carrier:
             else:
                 own = error.trailers if found.code == error.code else ()
                 call.fail(found, trailers=_passed_on(own, remote))
+        except MeshError as error:
+            code = int(error.code)
+            raise
+        except asyncio.CancelledError:
+            code = int(Code.CANCELLED)
+            raise
         finally:
             servable.statistics.success_count += code == 0
             servable.statistics.fail_count += code != 0
@@ -290,22 +296,24 @@ class Carrier:
                 await send(message)
             await stream.half_close()
 
-        sending = asyncio.ensure_future(requests())
-        try:
+        async def replies() -> None:
             async for message in stream:
-                name = names[0] or servable.model_id
-                await call.send(remote.reply(path, message, name))
-            if sending.done() and not sending.cancelled() and (error := sending.exception()):
-                raise error
-        except RpcError as error:
-            # What the client's side said first is the cause: it cancelled, or sent nonsense.
-            mine = sending.exception() if sending.done() and not sending.cancelled() else None
-            raise (mine if mine is not None and not isinstance(mine, RpcError) else error) from None
+                await call.send(remote.reply(path, message, names[0] or servable.model_id))
+
+        sending, receiving = asyncio.ensure_future(requests()), asyncio.ensure_future(replies())
+        try:
+            await asyncio.wait({sending, receiving}, return_when=asyncio.FIRST_COMPLETED)
+            wrong = sending.exception() if sending.done() else None
+            # The client cancelled, or sent what cannot be passed on: no answer is to be waited
+            # for. That the process takes no more is its own to explain, by how it ends the call.
+            if wrong is not None and not isinstance(wrong, RpcError):
+                raise wrong
+            await receiving
         finally:
             sending.cancel()
+            receiving.cancel()
             stream.cancel()
-            with contextlib.suppress(asyncio.CancelledError, MeshError):
-                await sending
+            await asyncio.gather(sending, receiving, return_exceptions=True)
 
 
 def _request_fields(head: RequestHead, model_id: str, remote: RemoteModel) -> list[Field]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.core.errors import Code, MeshError, Unimplemented
+from mesh.core.errors import Code, InvalidArgument, MeshError, Unimplemented
 from mesh.instance.answers import LoadOutcome
 from mesh.runtimes.api import ModelLost, ModelMetadata, ModelSpec
 from mesh.wire.client import Channel, RpcError
@@ -33,6 +33,7 @@ class Elsewhere:
         self.calls: list[ServerCall] = []
         self.messages: list[bytes] = []
         self.held = False  # keeps calls without an answer
+        self.takes = 1_000  # messages of a stream, then it ends
         self.fails: list[tuple[MeshError, tuple[tuple[str, str], ...]]] = []
 
     def infer(self, call: ServerCall, message: bytes) -> None:
@@ -47,6 +48,9 @@ class Elsewhere:
     async def own(self, call: StreamCall) -> None:
         async for message in call:
             await call.send(b"got " + message)
+            self.takes -= 1
+            if not self.takes:
+                return
         if self.fails:
             raise self.fails.pop(0)[0]
 
@@ -72,6 +76,8 @@ class RemoteFake:
         return Unimplemented("Method not found or not permitted") if "Forbidden" in path else None
 
     def request(self, path: str, message: bytes) -> bytes:
+        if message == b"nonsense":
+            raise InvalidArgument("that cannot be passed on")
         return b"inner:" + message
 
     def reply(self, path: str, message: bytes, client_name: str) -> bytes:
@@ -150,6 +156,31 @@ async def test_a_method_that_this_server_does_not_know_is_streamed_there(tmp_pat
         await stream.send(b"2")
         await stream.half_close()
         assert [message async for message in stream] == [b"m|got inner:1", b"m|got inner:2"]
+
+
+@pytest.mark.parametrize("before", [(), (b"1",)], ids=["at once", "later"])
+async def test_a_message_that_cannot_be_passed_on_ends_its_stream(
+    tmp_path: Path, before: tuple[bytes, ...]
+) -> None:
+    async with carried(tmp_path) as (rig, _, _, here):
+        stream = here.stream(OWN, metadata=header(), timeout_s=WAIT_S)
+        for message in (*before, b"nonsense"):  # and no half-close: the process waits for more
+            await stream.send(message)
+        with pytest.raises(RpcError, match="cannot be passed on") as caught:
+            _ = [message async for message in stream]
+        assert caught.value.code is Code.INVALID_ARGUMENT
+        assert rig.pod.servables["m"].statistics.fail_count == 1
+        assert rig.pod.servables["m"].use.in_flight == 0
+
+
+async def test_a_process_that_ends_a_stream_well_before_the_client_does_has_ended_it_well(
+    tmp_path: Path,
+) -> None:
+    async with carried(tmp_path) as (_, elsewhere, _, here):
+        elsewhere.takes = 1
+        stream = here.stream(OWN, metadata=header(), timeout_s=WAIT_S)
+        await stream.send(b"1")
+        assert [message async for message in stream] == [b"m|got inner:1"]
 
 
 async def test_what_a_process_says_of_an_error_reaches_the_client(tmp_path: Path) -> None:
