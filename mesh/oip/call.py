@@ -108,6 +108,10 @@ def check_names(found: Sequence[str], metadata: ModelMetadata) -> None:
 def check_tensor(name: str, kind: DataType, shape: Sequence[int], metadata: ModelMetadata) -> None:
     """Datatype, rank and fixed axes of an input whose name ``check_names`` has let pass."""
     if metadata.accepts_any_input:
+        if kind.name == "BF16":  # its bits would be taken for whole numbers
+            raise InvalidArgument(
+                f"input {name!r} is BF16, which the model does not declare; send FP32"
+            )
         return
     spec = next(spec for spec in metadata.inputs if spec.name == name)
     if kind.name != spec.datatype:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from mesh.core.errors import Code, Internal, LoadFailed, MeshError, ResourceExhausted
+from mesh.core.errors import Internal, LoadFailed, MeshError, ResourceExhausted
 from mesh.runtimes import tabular
 from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
 from mesh.runtimes.lightgbm_file import Malformed, check_model
@@ -96,21 +96,10 @@ class LightgbmRuntime:
         import lightgbm
 
         threads = spec.options.threads or self._settings.intra_op_threads
-        with self._heap.measure() as growth:
-            try:
-                booster = lightgbm.Booster(model_str=text)
-                predict = _predict_of(booster, threads)
-                found = _metadata(booster, predict)
-            except MemoryError:
-                raise LoadFailed(
-                    f"model {spec.model_id!r}: out of memory while loading {path.name}",
-                    code=Code.UNAVAILABLE,
-                ) from None
-            except Exception as error:
-                raise LoadFailed(
-                    f"model {spec.model_id!r}: LightGBM cannot load {path.name}: "
-                    f"{tabular.one_line(error)}"
-                ) from None
+        with self._heap.measure() as growth, tabular.loading(spec, path, "LightGBM"):
+            booster = lightgbm.Booster(model_str=text)
+            predict = _predict_of(booster, threads)
+            found = _metadata(booster, predict)
         size_bytes = tabular.settled_bytes(
             growth.bytes_, _predicted_bytes(content_bytes), content_bytes, _BOOSTER_BYTES
         )

@@ -8,14 +8,15 @@ Wrong input is INVALID_ARGUMENT; a description that contradicts the model fails 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from mesh.core.errors import Code, InvalidArgument, LoadFailed, Unavailable
+from mesh.core.errors import Code, InvalidArgument, LoadFailed, MeshError, Unavailable
 from mesh.formats import FORMATS, HEAD_BYTES
 from mesh.oip.datatypes import DATATYPES, datatype_name
 from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
@@ -299,3 +300,27 @@ def unreadable(path: Path, spec: ModelSpec, error: OSError) -> LoadFailed:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500]
+
+
+@contextlib.contextmanager
+def loading(
+    spec: ModelSpec,
+    path: Path,
+    library: str,
+    cause: Callable[[Exception], str] | None = None,
+) -> Iterator[None]:
+    """What a library raises over a model's file, as the LoadFailed that it means."""
+    try:
+        yield
+    except MeshError:
+        raise
+    except MemoryError:
+        raise LoadFailed(
+            f"model {spec.model_id!r}: out of memory while loading {path.name}",
+            code=Code.UNAVAILABLE,
+        ) from None
+    except Exception as error:
+        told = (cause or one_line)(error)
+        raise LoadFailed(
+            f"model {spec.model_id!r}: {library} cannot load {path.name}: {told}"
+        ) from None

@@ -20,7 +20,6 @@ from typing import Any, Final
 import numpy as np
 
 from mesh.core.errors import (
-    Code,
     Internal,
     InvalidArgument,
     LoadFailed,
@@ -108,21 +107,11 @@ class XgboostRuntime:
 
         xgboost.set_config(verbosity=0)
         threads = spec.options.threads or self._settings.intra_op_threads
-        with self._heap.measure() as growth:
-            try:
-                # From memory: its form is told by its first bytes, whatever the file's ending.
-                booster = xgboost.Booster(params={"nthread": threads}, model_file=content)
-                predict = _predict_of(booster, threads)
-                found = _metadata(booster, predict)
-            except MemoryError:
-                raise LoadFailed(
-                    f"model {spec.model_id!r}: out of memory while loading {path.name}",
-                    code=Code.UNAVAILABLE,
-                ) from None
-            except Exception as error:
-                raise LoadFailed(
-                    f"model {spec.model_id!r}: XGBoost cannot load {path.name}: {_cause(error)}"
-                ) from None
+        with self._heap.measure() as growth, tabular.loading(spec, path, "XGBoost", _cause):
+            # From memory: its form is told by its first bytes, whatever the file's ending.
+            booster = xgboost.Booster(params={"nthread": threads}, model_file=content)
+            predict = _predict_of(booster, threads)
+            found = _metadata(booster, predict)
         size_bytes = tabular.settled_bytes(
             growth.bytes_, _predicted_bytes(content_bytes), content_bytes, _BOOSTER_BYTES
         )

@@ -227,6 +227,16 @@ def test_an_unknown_rank_accepts_any_and_any_input_accepts_all() -> None:
         InferCodec(lenient).decode(b"")
 
 
+def test_bits_that_an_undeclared_input_would_take_for_numbers_are_refused() -> None:
+    lenient = ModelMetadata("t", (), (), (), accepts_any_input=True)
+    message = oip_pb2.ModelInferRequest()
+    message.inputs.add(name="x", datatype="BF16", shape=[1])
+    message.raw_input_contents.append(b"\x80\x3f")
+    with pytest.raises(MeshError, match="'x' is BF16") as caught:
+        InferCodec(lenient).decode(message.SerializeToString())
+    assert caught.value.code is Code.INVALID_ARGUMENT
+
+
 def test_empty_tensors_are_no_error() -> None:
     for is_raw in (True, False):
         message = request(
