@@ -104,12 +104,20 @@ def _pickled(path: Path) -> bool:
     return SKOPS_SUFFIX not in names and any(suffix in PICKLE_SUFFIXES for suffix in names)
 
 
+def _exported(path: Path) -> bool:
+    """``torch.export`` archives hold pickles; those that are known to run code are refused, which
+    is no proof of the others."""
+    if path.is_dir():
+        return any(entry.suffix == ".pt2" for entry in path.iterdir())
+    return path.suffix == ".pt2"
+
+
 SOURCES: Final[Mapping[str, RuntimeSource]] = {
     "onnx": RuntimeSource(_onnx, ("onnxruntime",)),
     "sklearn": RuntimeSource(_sklearn, ("sklearn", "skops", "joblib"), "sklearn", _pickled),
     "xgboost": RuntimeSource(_xgboost, ("xgboost",), "xgboost"),
     "lightgbm": RuntimeSource(_lightgbm, ("lightgbm",), "lightgbm"),
-    "pytorch": RuntimeSource(_pytorch, ("torch",), "pytorch"),
+    "pytorch": RuntimeSource(_pytorch, ("torch",), "pytorch", _exported),
     # Its memory does not come back in its process; a worker's end gives it back.
     "tensorflow": RuntimeSource(_tensorflow, ("tensorflow",), "tensorflow", _always),
     "tflite": RuntimeSource(_tflite, ("ai_edge_litert",), "tflite"),

@@ -20,6 +20,7 @@ from mesh.core.errors import Code, Internal, InvalidArgument, LoadFailed, Unavai
 from mesh.runtimes.api import ModelOptions, ModelSpec, TensorSpec
 from mesh.runtimes.native_memory import NativeHeap
 from mesh.runtimes.registry import RuntimeRegistry, RuntimeSettings
+from tests.worker.isolation import answers_of, isolation
 
 from .memory import growth_of
 
@@ -542,3 +543,20 @@ def test_the_weights_of_an_exported_program_go_without_waiting_for_a_collection(
         assert heap.allocated_bytes() - before < 1_000_000
     finally:
         gc.enable()
+
+
+async def test_an_exported_program_runs_in_a_worker_unless_told_otherwise(
+    trained, expected, tmp_path: Path
+) -> None:
+    # torch.export.load unpickles: what is refused before is what is known to run code.
+    path = tmp_path / "model.pt2"
+    batch = ({0: torch.export.Dim("batch")},)
+    torch.export.save(
+        torch.export.export(trained, (torch.tensor(X[:2]),), dynamic_shapes=batch), str(path)
+    )
+    registry = RuntimeRegistry()
+    assert registry.runs_isolated("pytorch", path) and registry.runs_isolated("pytorch", tmp_path)
+    assert not registry.runs_isolated("pytorch", tmp_path / "model.pt")
+    async with isolation(tmp_path, worker_memory_bytes=1 << 30) as workers:
+        model = await workers.load("m", path=path, kind="pytorch")
+        np.testing.assert_allclose(await answers_of(model, X), expected, atol=1e-6)

@@ -12,6 +12,7 @@ from sklearn.datasets import load_iris
 from mesh.core.errors import InvalidArgument, LoadFailed, Unavailable
 from mesh.runtimes.api import ModelOptions, ModelSpec, TensorSpec
 from mesh.runtimes.registry import RuntimeRegistry
+from tests.worker.isolation import answers_of, isolation
 
 X = load_iris().data.astype(np.float32)
 REGISTRY = RuntimeRegistry()
@@ -155,3 +156,13 @@ def test_what_is_cut_off_or_something_else_is_refused(keras_models: Path, tmp_pa
 def test_it_runs_isolated_unless_told_otherwise(keras_models: Path) -> None:
     # In its own process its memory would not come back.
     assert REGISTRY.runs_isolated("tensorflow", keras_models / "saved")
+
+
+@pytest.mark.parametrize("name", ["saved", "model.keras"])
+async def test_a_worker_answers_as_the_library_does(
+    keras_models: Path, name: str, tmp_path: Path
+) -> None:
+    async with isolation(tmp_path, worker_memory_bytes=1 << 30) as workers:
+        model = await workers.load("m", path=keras_models / name, kind="tensorflow")
+        found = await answers_of(model, X)
+        np.testing.assert_allclose(found, np.load(keras_models / "expected.npy"), atol=1e-6)

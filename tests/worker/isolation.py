@@ -85,6 +85,24 @@ def answer_of(reply: Reply) -> list[Any]:
     return list(field)
 
 
+async def answers_of(model: IsolatedModel, array: np.ndarray) -> np.ndarray:
+    """The first output of a model with one input of that datatype (FP32)."""
+    assert model.metadata is not None
+    name = model.metadata.inputs[0].name
+    request = oip_pb2.ModelInferRequest()
+    request.inputs.add(name=name, datatype="FP32", shape=list(array.shape))
+    request.raw_input_contents.append(array.tobytes())
+    reply = await model.channel.unary(
+        INFER,
+        request.SerializeToString(),
+        metadata=(("mm-model-id", model.model_id),),
+        timeout_s=WAIT_S,
+    )
+    answer = oip_pb2.ModelInferResponse.FromString(reply.message)
+    found = np.frombuffer(answer.raw_output_contents[0], np.float32)
+    return found.reshape(list(answer.outputs[0].shape))
+
+
 class Failed(AssertionError):
     """A call that was to be answered."""
 
