@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from mesh.core.errors import InvalidArgument, MeshError
+from mesh.oip.protobuf_fields import varint
 
 # Fields that are looked at in one message: a look costs the event loop some 0.2 us each.
 FIELDS_MAX: Final = 65_536
@@ -139,16 +140,6 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
         if shift > 63:
             break
     raise _broken()
-
-
-def varint(value: int) -> bytes:
-    """``value`` (not negative) as protobuf's varint."""
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def _broken() -> MeshError:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.core.errors import InvalidArgument
-from mesh.protobuf_path import DEPTH_MAX, FIELDS_MAX, extract, field_path, splice, varint
+from mesh.oip.protobuf_fields import varint
+from mesh.protobuf_path import DEPTH_MAX, FIELDS_MAX, extract, field_path, splice
 from protos import oip_pb2 as oip
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
