@@ -13,7 +13,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from time import monotonic, perf_counter_ns
-from typing import Final
+from typing import Final, Protocol
 
 from mesh.core.errors import Code, Internal, MeshError, ResourceExhausted
 from mesh.core.policy import Policy
@@ -26,7 +26,7 @@ from mesh.wire import hpack
 from mesh.wire.client import Begun, Reply, RpcError
 from mesh.wire.head import Field, RequestHead
 from mesh.wire.messages import Metadata
-from mesh.wire.server import ServerCall, StreamCall
+from mesh.wire.server import StreamCall
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,32 @@ _OWN_FIELDS: Final = frozenset(
 )
 
 
+class CarriedCall(Protocol):
+    """A client's call (``ServerCall``), or what stands for it."""
+
+    on_cancel: Callable[[], None] | None
+
+    @property
+    def head(self) -> RequestHead: ...
+
+    @property
+    def deadline_s(self) -> float: ...
+
+    @property
+    def cancelled(self) -> bool: ...
+
+    def reply(self, message: bytes, *, initial: Metadata = (), trailers: Metadata = ()) -> None: ...
+
+    def fail(self, error: MeshError, *, trailers: Metadata = ()) -> None: ...
+
+
 class Carried:
     """One unary request on its way."""
 
     __slots__ = ("arrived_ns", "begun", "call", "message", "method", "path", "servable")
 
     def __init__(
-        self, servable: Servable, call: ServerCall, message: bytes, path: str, method: str
+        self, servable: Servable, call: CarriedCall, message: bytes, path: str, method: str
     ) -> None:
         self.servable = servable
         self.call = call
@@ -89,7 +108,7 @@ class Carrier:
 
     # ---- unary ----
 
-    def unary(self, servable: Servable, call: ServerCall, message: bytes, path: str) -> None:
+    def unary(self, servable: Servable, call: CarriedCall, message: bytes, path: str) -> None:
         """Answers through ``call``, later."""
         remote = servable.remote
         assert remote is not None

@@ -15,6 +15,7 @@ from mesh.instance.carrier import INFERENCE_SERVICE, Carrier
 from mesh.instance.executor import NOT_HERE, Executor
 from mesh.instance.forms import GrpcForm, TwoModels
 from mesh.instance.rest import RestForm
+from mesh.instance.rest_onward import carry_rest
 from mesh.instance.servable import Servable
 from mesh.internal_calls import REST_PATH
 from mesh.oip.protobuf_fields import top_level_fields, varint
@@ -112,8 +113,11 @@ class Inference:
             error, trailers = not_here(model_id)
             call.fail(error, trailers=trailers)
             return
-        if servable.remote is not None:
+        if servable.remote is not None and servable.remote.internal:
             self._carrier.unary(servable, call, message, REST_PATH)
+            return
+        if servable.remote is not None:
+            carry_rest(self._carrier, servable, call, message)
             return
         form = RestForm(call.head, model_id)
         method = "Rest" if form.kind == "v2-infer" else "predict"

@@ -152,11 +152,12 @@ def refuse_shared_memory(parameters: Mapping[str, object], of: str) -> None:
 def requested_outputs(
     outputs: Sequence[RequestedOutput], metadata: ModelMetadata
 ) -> tuple[RequestedOutput, ...]:
-    """Checked: each is an output of the model and asked for once."""
+    """Checked: each is an output of the model and asked for once. A model that says nothing of
+    its tensors is left to say what is wrong itself."""
     known = {spec.name for spec in metadata.outputs}
     seen: set[str] = set()
     for output in outputs:
-        if output.name not in known:
+        if output.name not in known and (known or not metadata.accepts_any_input):
             raise InvalidArgument(
                 f"the model has no output {output.name!r}; "
                 f"its outputs are {_describe(metadata.outputs)}"

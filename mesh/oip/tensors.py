@@ -362,7 +362,7 @@ def decode_request(request: oip_pb2.ModelInferRequest, metadata: ModelMetadata) 
         shape = tuple(tensor.shape)
         check_tensor(name, kind, shape, metadata)
         if not raw_contents:
-            inputs[name] = _decode_typed(tensor.contents, kind, shape, of)
+            inputs[name] = decode_typed(tensor.contents, kind, shape, of)
             continue
         if tensor.HasField("contents") and tensor.contents.ListFields():
             raise InvalidArgument(
@@ -411,9 +411,10 @@ def decode_parameters(
     return decoded
 
 
-def _decode_typed(
+def decode_typed(
     contents: oip_pb2.InferTensorContents, kind: DataType, shape: tuple[int, ...], of: str
 ) -> Array:
+    """The array of a tensor's typed contents; ``of`` begins every error's message."""
     count = element_count(shape, of=of)
     wanted = kind.contents_field
     if wanted is None:

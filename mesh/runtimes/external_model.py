@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Final
 
 from mesh.core.errors import Code, MeshError, Unavailable, Unimplemented
-from mesh.internal_calls import REST_PATH
 from mesh.protobuf_path import FieldPath, splice
 from mesh.runtimes.api import ModelLost, ModelMetadata
 from mesh.runtimes.external_calls import SERVICE as MANAGEMENT
@@ -84,10 +83,6 @@ class ExternalModel:
         self._inject.update({path: at for path, at in status.methods.items() if at is not None})
 
     def admit(self, path: str) -> MeshError | None:
-        if path == REST_PATH:
-            return Unimplemented(
-                f"model {self.model_id!r} runs in an external runtime, which is asked by gRPC only"
-            )
         if path.startswith(MANAGEMENT) or not self._status.permits(path):
             return Unimplemented("Method not found or not permitted")
         return None

@@ -19,6 +19,7 @@ from mesh.core.types import ModelRecord
 from mesh.instance.flights import Wish
 from mesh.instance.instance import Instance
 from mesh.instance.settings import InstanceSettings
+from mesh.internal_calls import REST_PATH
 from mesh.runtimes.external import ExternalRuntimes, ExternalTimes
 from mesh.store.memory import MemoryStore
 from protos import oip_pb2 as oip
@@ -118,6 +119,18 @@ class Pod:
         method = self.channel.unary_unary(path)
         raw: bytes = await method(message.SerializeToString(), metadata=metadata, timeout=WAIT_S)
         return raw
+
+    async def rest(self, model_id: str, kind: str, body: dict[str, Any], alias: str) -> Any:
+        """What a router sends on of an HTTP request, and the answer's JSON."""
+        metadata = [
+            ("mm-model-id", model_id),
+            ("mesh-rest-kind", kind),
+            ("mesh-client-model-name", alias),
+        ]
+        method = self.channel.unary_unary(REST_PATH)
+        return json.loads(
+            await method(json.dumps(body).encode(), metadata=metadata, timeout=WAIT_S)
+        )
 
 
 def request(name: str, *values: float) -> oip.ModelInferRequest:

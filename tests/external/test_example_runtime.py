@@ -54,6 +54,23 @@ async def test_a_method_of_the_runtimes_own_gets_the_models_id_put_in(tmp_path: 
         assert (described["id"], list(described["weights"])) == ("own", [5.0])
 
 
+async def test_rest_reaches_a_runtime_that_speaks_grpc_only(tmp_path: Path) -> None:
+    async with served(tmp_path) as (pod, _):
+        pod.write("r", weights=[2.0, 3.0], bias=1.0)
+        await pod.load("r")
+        tensor = {"name": "x", "datatype": "FP64", "shape": [2, 2], "data": [1, 1, 10, 0]}
+        answered = await pod.rest("r", "v2-infer", {"id": "7", "inputs": [tensor]}, alias="line")
+        (output,) = answered["outputs"]
+        assert (answered["model_name"], answered["id"], output["data"]) == ("line", "7", [6, 21])
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await pod.rest("r", "v2-infer", {"inputs": "nothing"}, alias="line")
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        tensor["shape"], tensor["data"] = [1, 3], [1, 1, 1]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:  # as the runtime itself says
+            await pod.rest("r", "v2-infer", {"inputs": [tensor]}, alias="line")
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_a_stream_is_carried_both_ways(tmp_path: Path) -> None:
     async with served(tmp_path) as (pod, _):
         pod.write("s", weights=[1.0], bias=1.0)
