@@ -9,6 +9,7 @@ loop goes to the threads, in the order in which it came. At most ``HELD_MAX`` ar
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Final
 from mesh.core.errors import MeshError
 from mesh.instance.batching import alike, rows_of
 from mesh.instance.forms import Form, Sink
-from mesh.instance.job import Job, JoinedJob, infer_joined
+from mesh.instance.job import Job, JoinedJob, infer_joined, unexpected
 from mesh.instance.servable import Servable
 from mesh.metrics import InstanceMetrics
 
 if TYPE_CHECKING:
     from mesh.instance.executor import Executor
+
+log = logging.getLogger(__name__)
 
 HELD_MAX: Final = 256
 # Requests of so many kinds are joined side by side; the oldest gives way to a further one.
@@ -121,9 +124,10 @@ class Joining:
         try:
             answers = infer_joined(servable, jobs, rows)
         except Exception as error:
-            # In a thread each is run alone, and the guilty one answered.
-            broken = JoinedJob(servable, jobs, rows, broken=error)
-            executor.start(servable, jobs[0] if alone else broken)
+            if alone:
+                self._failed(jobs[0], error)
+            else:  # in a thread each is run alone, and the guilty one answered
+                executor.start(servable, JoinedJob(servable, jobs, rows, broken=error))
             executor.spent(servable, 0, perf_counter_ns() - started_ns)
             return True
         inferred_ns = perf_counter_ns()
@@ -143,6 +147,14 @@ class Joining:
         statistics.encode_ns += ended_ns - inferred_ns
         executor.spent(servable, run_ns, ended_ns - started_ns)
         return True
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        """Its own error, and it has run: a second run could say something else."""
+        if not isinstance(error, MeshError):
+            log.error("inference with model %r failed", job.servable.model_id, exc_info=error)
+            error = unexpected(job.servable, error)
+        self._executor.answer_error(job, error, job.queued_ns)
+        self._executor.end(job)
 
     # ---- threads ----
 

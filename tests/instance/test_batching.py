@@ -124,6 +124,17 @@ async def test_one_bad_request_fails_alone_in_the_event_loop_too() -> None:
         assert isinstance(found[1], InvalidArgument)
 
 
+async def test_a_bad_request_that_nobody_was_joined_with_runs_once() -> None:
+    async with executing(RowModel(doubled), inline_max_us=50_000) as rig:
+        rig.state(64)
+        rig.quick()
+        rig.servable.estimates[:] = [1_000] * len(rig.servable.estimates)
+        (found,) = await answers([rig.submit(request([[POISON, 0.0]]))])
+        assert isinstance(found, InvalidArgument)
+        assert rig.model.runs == [(1, "MainThread")]
+        assert rig.servable.use.in_flight == 0
+
+
 async def test_a_model_that_does_not_answer_by_rows_is_run_alone_and_joined_no_more() -> None:
     def last(x: Array) -> Array:
         return x[-1:]
