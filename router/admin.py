@@ -1,6 +1,6 @@
 """``mesh.admin.v1.Admin``: what the ``mesh`` command asks of a router.
 
-Apply and Delete write through ``router.catalog`` and need the store (UNAVAILABLE without it); List,
+Apply and Delete write through ``mesh.catalog`` and need the store (UNAVAILABLE without it); List,
 Describe and Explain answer from the view. Describe also asks the instances that hold a copy, each
 for ``DESCRIBE_TIMEOUT_S`` at most; one that does not answer is named as such.
 """
@@ -19,6 +19,7 @@ import orjson
 
 from mesh import admin_views as views
 from mesh import manifest
+from mesh.catalog import Catalog
 from mesh.core.errors import InvalidArgument, MeshError, NotFound
 from mesh.core.explain import explain
 from mesh.core.placement import Placement, place
@@ -30,7 +31,6 @@ from mesh.metrics import RouterMetrics
 from mesh.wire.server import AsyncUnary
 from protos import mesh_admin_pb2 as pb
 from protos import mesh_internal_pb2 as internal
-from router.catalog import Catalog
 from router.described import (
     Shortfalls,
     candidate_view,

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Final, assert_never
 
+from mesh.catalog import Catalog
 from mesh.core.errors import MeshError
 from mesh.core.minimums import Missing, Shortfall, Tried, missing_copies, missing_in_slices
 from mesh.core.policy import Policy
@@ -33,7 +34,6 @@ from mesh.core.transitions import (
 )
 from mesh.core.view import ClusterView
 from mesh.decision_log import DecisionLog
-from router.catalog import Catalog
 from router.leader_orders import Orders
 from router.loads import Loads
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mesh import registry
+from mesh.catalog import MAX_TRIES, contended
 from mesh.core.errors import FailedPrecondition
 from mesh.core.view import ClusterView
 from mesh.store.api import Condition, Delete, KeyAbsent, KVStore, ModRevisionIs, Operation, Put
-from router.catalog import MAX_TRIES, contended
 
 Config = dict[str, object]
 

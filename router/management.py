@@ -4,7 +4,7 @@ Semantics are ModelMesh's: registering is idempotent, unregistering what is not 
 a status never fails because of the model: NOT_FOUND and LOADING_FAILED stand inside the answer.
 The vmodel calls are not there yet (UNIMPLEMENTED).
 
-Writes go through ``router.catalog``; without the store they are UNAVAILABLE, while a status still
+Writes go through ``mesh.catalog``; without the store they are UNAVAILABLE, while a status still
 comes from the view.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from mesh.catalog import Catalog
 from mesh.core.errors import InvalidArgument, MeshError, Unimplemented
 from mesh.core.names import check_model_id
 from mesh.core.status import ModelStatus, name_status
@@ -23,7 +24,6 @@ from mesh.core.view import ClusterView
 from mesh.metrics import RouterMetrics
 from mesh.wire.server import AsyncUnary
 from protos import mmesh_pb2 as mm
-from router.catalog import Catalog
 from router.loads import Loads
 from router.names import NameLookup
 from router.rpc import Rpcs, methods_of

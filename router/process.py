@@ -21,6 +21,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from mesh.catalog import Catalog
 from mesh.core.errors import MeshError
 from mesh.core.live_config import POLICY
 from mesh.core.policy import Policy
@@ -46,7 +47,6 @@ from router.admin import SERVICE as ADMIN
 from router.admin import Admin
 from router.admin_decisions import DecisionsAdmin
 from router.admin_settings import SettingsAdmin
-from router.catalog import Catalog
 from router.dataplane import Dataplane
 from router.dispatch import Dispatcher
 from router.gateway import Gateway

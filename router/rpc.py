@@ -11,11 +11,11 @@ from time import monotonic
 
 from google.protobuf.message import DecodeError, Message
 
+from mesh.catalog import store_away
 from mesh.core.errors import Code, InvalidArgument, MeshError
 from mesh.metrics import RouterMetrics
 from mesh.store.api import StoreUnavailable
 from mesh.wire.server import AsyncUnary, ServerCall
-from router.catalog import store_away
 
 Rpcs = dict[str, tuple[type[Message], Callable[..., Awaitable[Message]]]]
 

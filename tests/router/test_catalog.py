@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from mesh import registry
+from mesh.catalog import Catalog
 from mesh.core.errors import AlreadyExists, FailedPrecondition, Unavailable
 from mesh.core.types import FailureRecord, ModelRecord, VModelRecord
 from mesh.core.view import ClusterView
 from mesh.manifest import AppliedModel
 from mesh.store.api import Put
 from mesh.store.memory import MemoryStore
-from router.catalog import Catalog
 
 NOW_MS = 1_000_000
 
