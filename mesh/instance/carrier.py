@@ -2,7 +2,8 @@
 
 Bounds, counts and errors are as in ``mesh.instance.executor``: at most ``max_concurrency`` of a
 copy at once, ``max_queued_per_copy`` behind them, beyond that RESOURCE_EXHAUSTED with the trailer
-``mesh-error: overloaded``. What the process answers is the model's own and goes to the client
+``mesh-error: overloaded``. A stream counts as one from its start to its end, however much goes
+through it. What the process answers is the model's own and goes to the client
 unchanged, but for the name that it used. A unary call makes no task; a stream makes two.
 """
 
@@ -74,6 +75,10 @@ class Carried:
         self.begun: Begun | None = None
 
 
+# In a copy's queue: a unary request, or a stream's turn.
+Waiting = Carried | asyncio.Future[None]
+
+
 class Carrier:
     """See the module's docstring; the callbacks are those of ``Executor``."""
 
@@ -118,9 +123,9 @@ class Carrier:
         if refusal is not None:
             self._fail(carried, refusal)
             return
-        waiting = servable.running + len(servable.carried)
-        if waiting >= servable.max_concurrency + self._max_queued:
-            self._overloaded(carried, waiting)
+        overload = self._overload(servable)
+        if overload is not None:
+            self._fail(carried, overload, OVERLOADED)
             return
         servable.use.in_flight += 1
         if servable.running < servable.max_concurrency:
@@ -139,8 +144,7 @@ class Carrier:
         servable, call = carried.servable, carried.call
         remote = servable.remote
         assert remote is not None
-        self.running += 1
-        servable.running += 1
+        self._take_place(servable)
         try:
             message = remote.request(carried.path, carried.message)
             block = _request_block(call.head, servable.model_id, remote)
@@ -218,15 +222,15 @@ class Carrier:
             carried.method, int(error.code), spent_ns / 1e6, servable.model_id
         )
 
-    def _overloaded(self, carried: Carried, waiting: int) -> None:
-        self._fail(
-            carried,
-            ResourceExhausted(
-                f"model {carried.servable.model_id!r} has {waiting} requests waiting or running "
-                "on this instance; retry later",
-                retry_after_ms=100,
-            ),
-            OVERLOADED,
+    def _overload(self, servable: Servable) -> MeshError | None:
+        """Why there is no place for one more, not even to wait; or None."""
+        waiting = servable.running + len(servable.carried)
+        if waiting < servable.max_concurrency + self._max_queued:
+            return None
+        return ResourceExhausted(
+            f"model {servable.model_id!r} has {waiting} requests waiting or running on this "
+            "instance; retry later",
+            retry_after_ms=100,
         )
 
     def _leave(self, servable: Servable) -> None:
@@ -234,13 +238,24 @@ class Carrier:
         self.running -= 1
         servable.running -= 1
         self._end_use(servable)
+        self._fill_places(servable)
+
+    def _fill_places(self, servable: Servable) -> None:
         while servable.carried and servable.running < servable.max_concurrency:
-            carried = servable.carried.popleft()
+            waiting = servable.carried.popleft()
             self.queued -= 1
-            if carried.call.cancelled or carried.call.deadline_s <= monotonic():
+            if isinstance(waiting, asyncio.Future):
+                if not waiting.cancelled():
+                    self._take_place(servable)
+                    waiting.set_result(None)
+            elif waiting.call.cancelled or waiting.call.deadline_s <= monotonic():
                 self._end_use(servable)  # its own deadline answers, or has answered
-                continue
-            self._start(carried)
+            else:
+                self._start(waiting)
+
+    def _take_place(self, servable: Servable) -> None:
+        self.running += 1
+        servable.running += 1
 
     def _end_use(self, servable: Servable) -> None:
         servable.use.in_flight -= 1
@@ -260,9 +275,16 @@ class Carrier:
         if refusal is not None:
             raise refusal
         self._arrived(servable)
+        overload = self._overload(servable)
         servable.use.in_flight += 1
-        started_ns, code = perf_counter_ns(), 0
+        started_ns, code, placed = perf_counter_ns(), 0, False
         try:
+            if overload is not None:
+                code = int(overload.code)
+                call.fail(overload, trailers=OVERLOADED)
+                return
+            await self._place(servable)
+            placed = True
             await self._pump(servable, remote, call, path, first)
         except RpcError as error:
             found = remote.error(path, error)
@@ -284,7 +306,30 @@ class Carrier:
             servable.statistics.fail_count += code != 0
             elapsed_ms = (perf_counter_ns() - started_ns) / 1e6
             self._metrics.invoke_done(path.rpartition("/")[2], code, elapsed_ms, servable.model_id)
-            self._end_use(servable)
+            if placed:
+                self._leave(servable)
+            else:
+                self._end_use(servable)
+
+    async def _place(self, servable: Servable) -> None:
+        """Return when the stream is one of those that its process takes at once."""
+        if servable.running < servable.max_concurrency:
+            self._take_place(servable)
+            return
+        turn = self._loop.create_future()
+        self.queued += 1
+        servable.carried.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn in servable.carried:
+                servable.carried.remove(turn)
+                self.queued -= 1
+            elif not turn.cancelled():  # it came at the same moment
+                self.running -= 1
+                servable.running -= 1
+                self._fill_places(servable)
+            raise
 
     async def _pump(
         self,

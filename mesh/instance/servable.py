@@ -18,13 +18,13 @@ from mesh.oip.tensors import InferCodec
 from mesh.runtimes.api import AnyModel, LoadedModel, ModelMetadata, VersionedModel, is_remote
 
 if TYPE_CHECKING:
-    from mesh.instance.carrier import Carried
+    from mesh.instance.carrier import Waiting
     from mesh.instance.job import Job
 
 # What is said of a model that only its own process knows.
 _UNKNOWN: Final = ModelMetadata("external", (), (), (), accepts_any_input=True)
 
-_NOBODY: Final[deque[Carried]] = deque(maxlen=0)
+_NOBODY: Final[deque[Waiting]] = deque(maxlen=0)
 
 # Messages up to this size may be decoded, run and encoded in the event loop; a larger one costs
 # the loop too long to copy, whatever the model does with it.
@@ -146,7 +146,7 @@ class Servable:
         self.running = 0  # in worker threads
         self.queue: deque[Job] = deque()
         # For another process, when it takes no more; nobody has it who needs none.
-        self.carried: deque[Carried] = deque() if self.remote is not None else _NOBODY
+        self.carried: deque[Waiting] = deque() if self.remote is not None else _NOBODY
         self.queued_ready = False  # stands in the executor's line of copies with work
         self.statistics = Statistics()
         self.answered: dict[str, Histogram] = {}  # where successes are counted, by method

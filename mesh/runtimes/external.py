@@ -26,7 +26,7 @@ import orjson
 
 from mesh.core.errors import Code, LoadFailed, MeshError, Unavailable
 from mesh.runtimes.api import ModelSpec
-from mesh.runtimes.external_calls import Loaded, LoadOrder, Management, ModelRuntimeClient
+from mesh.runtimes.external_calls import LoadOrder, Management, ModelRuntimeClient
 from mesh.runtimes.external_model import ExternalModel
 from mesh.runtimes.external_status import RuntimeStatus, shortcoming
 from mesh.runtimes.external_unloads import Unloads
@@ -99,7 +99,7 @@ class ExternalRuntimes:
         self._ready = asyncio.Event()
         self._coming_back: asyncio.Task[None] | None = None
         self._predicts = True
-        self._loads: dict[str, asyncio.Task[Loaded]] = {}
+        self._loads: dict[str, asyncio.Task[Any]] = {}
         self._unloads = Unloads(
             management,
             tries=self._times.unload_tries,
@@ -165,7 +165,7 @@ class ExternalRuntimes:
         """Ends what is under way; the runtime's process is not ours to end. Idempotent."""
         tasks = [*self._loads.values()]
         if self._coming_back is not None:
-            tasks.append(self._coming_back)  # type: ignore[arg-type]
+            tasks.append(self._coming_back)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -215,19 +215,18 @@ class ExternalRuntimes:
 
     async def _load(self, order: LoadOrder) -> ExternalModel:
         timeout_s = self.status.loading_timeout_ms / 1_000
+        task = asyncio.current_task()
+        assert task is not None  # it was started as one
+        self._loads[order.model_id] = task
+        begun = False
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._ready.wait()
-                await self._unloads.make_way(order.model_id)
-        except TimeoutError:
-            raise self._timed_out(order, timeout_s) from None
-        work = self._management.load(order, timeout_s)
-        task = self._loads[order.model_id] = asyncio.ensure_future(work)
-        try:
-            loaded = await task
+            await self._until_free(order, timeout_s)
+            begun = True
+            loaded = await self._management.load(order, timeout_s)
             size_bytes = loaded.size_bytes or await self._size(order.model_id)
         except asyncio.CancelledError:
-            await self._unloads.unload_soon(order.model_id)
+            if begun:
+                await self._unloads.unload_soon(order.model_id)
             raise LoadFailed("the load was called off", code=Code.UNAVAILABLE) from None
         except RpcError as error:
             if error.code not in _NOT_ATTEMPTED:
@@ -247,6 +246,15 @@ class ExternalRuntimes:
             lost=self._lost,
             server_name=self._server_name(order.model_id) if self._server_name else "",
         )
+
+    async def _until_free(self, order: LoadOrder, timeout_s: float) -> None:
+        """The runtime is there, and an unload that failed before has been tried once more."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._ready.wait()
+                await self._unloads.make_way(order.model_id)
+        except TimeoutError:
+            raise self._timed_out(order, timeout_s) from None
 
     async def _size(self, model_id: str) -> int:
         """Of a loaded model whose load did not tell."""

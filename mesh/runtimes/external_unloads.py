@@ -68,8 +68,8 @@ class Unloads:
         task.add_done_callback(self._tasks.discard)
 
     async def make_way(self, model_id: str) -> None:
-        """Before a load: one retry of the oldest; and of this model's own, whose retries end then,
-        or they would unload what is about to be loaded."""
+        """Before a load: one retry of the oldest; or of this model's own, whose retries end then,
+        or they would unload what is about to be loaded. They go on when this is cancelled."""
         own = self._pending.get(model_id)
         oldest = own or next(iter(self._pending.values()), None)
         if oldest is None:
@@ -77,7 +77,11 @@ class Unloads:
         if own is not None:
             own.over = True
         oldest.nudged.set()
-        await asyncio.wait({oldest.tried})
+        try:
+            await asyncio.wait({oldest.tried})
+        except asyncio.CancelledError:
+            oldest.over = False
+            raise
 
     def nudge_all(self) -> None:
         """The runtime answers again."""

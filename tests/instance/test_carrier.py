@@ -6,6 +6,7 @@ The other process is a real server on a Unix socket; the instance around is the 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from mesh.core.errors import Code, InvalidArgument, MeshError, Unimplemented
 from mesh.instance.answers import LoadOutcome
 from mesh.runtimes.api import ModelLost, ModelMetadata, ModelSpec
-from mesh.wire.client import Channel, RpcError
+from mesh.wire.client import Channel, ClientStream, RpcError
 from mesh.wire.server import Server, ServerCall, StreamCall, Streaming, Unary
 from protos import oip_pb2
 
@@ -253,6 +254,42 @@ async def test_no_more_than_its_process_takes_are_there_at_once_and_the_rest_wai
         answers = await asyncio.gather(*asking)
         assert sorted(one.message[:6] for one in answers) == [b"m|inne", b"m|late", b"m|late"]
         assert rig.pod.servables["m"].use.in_flight == 0
+
+
+async def test_a_stream_is_one_of_those_that_its_process_takes_at_once(tmp_path: Path) -> None:
+    policy = replace(Rig(tmp_path / "unused").policy, max_queued_per_copy=2)
+    async with carried(tmp_path, max_concurrency=1, policy=policy) as (rig, elsewhere, _, here):
+        carrier = rig.instance.carrier
+
+        async def stream(message: bytes) -> tuple[ClientStream, AsyncIterator[bytes]]:
+            call = here.stream(OWN, metadata=header(), timeout_s=WAIT_S)
+            await call.send(message)
+            return call, aiter(call)
+
+        first, answers = await stream(b"1")
+        assert await anext(answers) == b"m|got inner:1"
+        given_up, _ = await stream(b"given up")
+        await until(lambda: carrier.queued == 1)
+        given_up.cancel()
+        await until(lambda: carrier.queued == 0)
+        second, more = await stream(b"2")
+        await until(lambda: carrier.queued == 1)
+        unary = asyncio.create_task(here.unary(INFER, b"", metadata=header(), timeout_s=WAIT_S))
+        await until(lambda: carrier.queued == 2)
+        with pytest.raises(RpcError) as caught:
+            await anext((await stream(b"too much"))[1])
+        assert caught.value.code is Code.RESOURCE_EXHAUSTED
+        assert (b"mesh-error", b"overloaded") in caught.value.trailers
+        assert (carrier.running, elsewhere.messages) == (1, [])
+
+        await first.half_close()
+        assert [message async for message in answers] == []
+        assert await anext(more) == b"m|got inner:2"
+        assert (carrier.running, carrier.queued) == (1, 1)
+        await second.half_close()
+        assert (await unary).message == b"m|inner:"
+        await until(lambda: carrier.busy == 0)
+        assert rig.pod.servables["m"].running == rig.pod.servables["m"].use.in_flight == 0
 
 
 async def test_a_process_that_is_gone_is_an_error_and_no_end_of_the_pod(tmp_path: Path) -> None:
