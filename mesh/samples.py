@@ -272,16 +272,17 @@ def _make(directory: Path, name: str, model_format: str, data: str, seed: int) -
 
 
 def _skops_pipeline(split: Split, seed: int) -> tuple[bytes, Array]:
-    import skops.io
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
+    from mesh.runtimes.sklearn import import_skops
 
     model = make_pipeline(
         StandardScaler(), LogisticRegression(max_iter=1000, random_state=seed)
     ).fit(split.train_x, split.train_y)
     answers: Array = model.predict(split.test_x)
-    return bytes(skops.io.dumps(model)), answers
+    return bytes(import_skops().dumps(model)), answers
 
 
 def _read_manifest(directory: Path) -> dict[str, Sample]:

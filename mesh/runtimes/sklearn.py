@@ -13,6 +13,8 @@ functions that run code, too. Fails with
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -74,6 +76,7 @@ _METHODS: Final = ("predict", "predict_proba", "transform")
 # Python objects and their dictionaries weigh more than what they are stored as.
 _CONTENT_FACTOR: Final = 1.5
 _OBJECT_BYTES: Final = 128 * 1024
+_importing_skops: Final = threading.Lock()
 
 
 class SklearnModel:
@@ -183,15 +186,15 @@ class SklearnRuntime:
         content_bytes = _content_bytes(path, spec)
         import joblib
         import sklearn.base
-        import skops.io
 
+        skops_io = import_skops() if path.suffix == SKOPS_SUFFIX else None
         # The protocol has no names for columns. Set here, not around each call: the filters
         # belong to the process and not to a thread.
         warnings.filterwarnings("ignore", message="X does not have valid feature names")
         with self._heap.measure() as growth:
             try:
-                if path.suffix == SKOPS_SUFFIX:
-                    estimator = self._load_skops(skops.io, path, spec)
+                if skops_io is not None:
+                    estimator = self._load_skops(skops_io, path, spec)
                 else:
                     estimator = joblib.load(path)
             except MeshError:
@@ -240,6 +243,22 @@ class SklearnRuntime:
                 f"parts, or let the operator trust them"
             )
         return skops_io.load(path, trusted=list(self._trusted_types))
+
+
+def import_skops() -> Any:
+    """``skops.io``, without torch: skops walks through all packages of scikit-learn for names, one
+    of which imports torch where that is installed (180 MB and two seconds), and adds no name."""
+    unwanted = "sklearn.externals.array_api_compat.torch"
+    with _importing_skops:
+        if "skops.io" in sys.modules or "torch" in sys.modules:
+            import skops.io
+        else:
+            sys.modules[unwanted] = None  # type: ignore[assignment]
+            try:
+                import skops.io
+            finally:
+                sys.modules.pop(unwanted, None)
+    return skops.io
 
 
 def model_file(spec: ModelSpec) -> Path:

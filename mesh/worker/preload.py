@@ -18,9 +18,10 @@ ALWAYS: Final = (
     *("uvloop", "mesh.runtimes.artifact", "mesh.runtimes.layout", "mesh.runtimes.warm_up"),
 )
 MODULES: Final[Mapping[str, Sequence[str]]] = {
-    # With the families of estimators that nearly every stored model needs.
+    # With the families of estimators that nearly every stored model needs. Without skops: its files
+    # run no code, so that it is pickles that come here.
     "sklearn": (
-        *("joblib", "skops.io", "sklearn.linear_model", "sklearn.ensemble", "sklearn.tree"),
+        *("joblib", "sklearn.linear_model", "sklearn.ensemble", "sklearn.tree"),
         *("sklearn.pipeline", "sklearn.preprocessing", "sklearn.svm", "sklearn.neighbors"),
         *("sklearn.compose", "mesh.runtimes.sklearn"),
     ),

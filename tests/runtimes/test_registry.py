@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import skops.io
+from sklearn.linear_model import Ridge
 
 from mesh.core.errors import Code, LoadFailed
 from mesh.runtimes.registry import SOURCES, RuntimeRegistry, RuntimeSettings, RuntimeSource
@@ -49,7 +51,8 @@ def test_settings_reach_the_runtime(tmp_path: Path) -> None:
 
 
 def test_frameworks_are_imported_by_the_first_load_only(tmp_path: Path) -> None:
-    path = matmul(tmp_path / "model.onnx")
+    path, skops_path = matmul(tmp_path / "model.onnx"), tmp_path / "model.skops"
+    skops.io.dump(Ridge().fit([[0.0], [1.0]], [0.0, 1.0]), skops_path)
     code = f"""
 import sys
 from pathlib import Path
@@ -61,6 +64,8 @@ for model_type in registry.model_types:
 assert not {{"onnxruntime", "sklearn", "skops", "joblib"}} & set(sys.modules)
 registry.runtime_for("onnx").load(ModelSpec("m", "onnx", Path({str(path)!r})))
 assert "onnxruntime" in sys.modules and "sklearn" not in sys.modules
+registry.runtime_for("sklearn").load(ModelSpec("s", "sklearn", Path({str(skops_path)!r})))
+assert "skops.io" in sys.modules and "torch" not in sys.modules
 """
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
