@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 import orjson
 
 from mesh.core.errors import Code, Internal, InvalidArgument
-from mesh.core.live_config import TYPE_CONSTRAINTS, type_constraints
+from mesh.core.live_config import check_config
 from mesh.core.types import (
     CopyRecord,
     CopyState,
@@ -41,6 +41,8 @@ FAILURES_PREFIX: Final = "failures/"
 LAST_USED_PREFIX: Final = "lastused/"
 CONFIG_PREFIX: Final = "config/"
 ROUTERS_PREFIX: Final = "routers/"  # read and written by router.roster alone
+# ``demand/<runtime>``: a request waits for a pod of it. Routers write, the controller reads.
+DEMAND_PREFIX: Final = "demand/"
 
 # A key of etcd may be long, but a name beyond this is a mistake, and it is in every message.
 MAX_NAME_CHARS: Final = 512
@@ -128,8 +130,12 @@ def last_used_key(instance_id: str) -> str:
 
 
 def config_key(name: str) -> str:
-    """A live setting: ``policy`` or ``type_constraints``."""
+    """A live setting: ``policy``, ``type_constraints`` or ``runtimes``."""
     return CONFIG_PREFIX + escape(name)
+
+
+def demand_key(runtime: str) -> str:
+    return DEMAND_PREFIX + escape(runtime)
 
 
 def parse_key(key: str) -> Key | None:
@@ -422,12 +428,26 @@ def encode_config(value: Mapping[str, object]) -> bytes:
 
 
 def decode_config(name: str, value: bytes) -> dict[str, object]:
-    """Raises RecordError, also for type constraints that make no sense."""
+    """Raises RecordError, also for what makes no sense to placement."""
     where = CONFIG_PREFIX + name
     document = _document(value, where)
-    if name == TYPE_CONSTRAINTS:
-        try:
-            type_constraints(document)
-        except InvalidArgument as error:
-            raise RecordError(f"{where}: {error.message}") from error
+    try:
+        check_config(name, document)
+    except InvalidArgument as error:
+        raise RecordError(f"{where}: {error.message}") from error
     return document
+
+
+def encode_demand(model_id: str, at_ms: int) -> bytes:
+    """The value of ``demand/<runtime>``: the model that was asked for last, and when."""
+    return orjson.dumps({"model_id": model_id, "at_ms": at_ms})
+
+
+def decode_demand(runtime: str, value: bytes) -> tuple[str, int]:
+    """(the model asked for, Unix milliseconds). Raises RecordError."""
+    where = DEMAND_PREFIX + runtime
+    document = _document(value, where)
+    model_id, at_ms = document.get("model_id"), document.get("at_ms")
+    if type(model_id) is not str or type(at_ms) is not int:
+        raise RecordError(f"{where}: expected model_id and at_ms; found {document!r:.80}")
+    return model_id, at_ms

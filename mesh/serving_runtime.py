@@ -91,6 +91,11 @@ class ServingRuntime:
         return bool(self.endpoint) or self.adapter is not None
 
 
+def runtime_label(name: str) -> str:
+    """The label that every instance of a runtime has, in ModelMesh's form."""
+    return f"rt:{name}"
+
+
 def parse_serving_runtime(resource: object) -> ServingRuntime:
     """Read one resource. Raises InvalidArgument."""
     warnings: list[str] = []

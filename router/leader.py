@@ -77,6 +77,7 @@ class LeaderLoop:
             decisions=decisions,
         )
         self._woken = asyncio.Event()
+        self._moved_after = ""  # the last alias that the last look at them came to
         self._led = False
         self._swept_at_s = -1e9
         self._sweep_due_s = -1e9
@@ -180,11 +181,16 @@ class LeaderLoop:
     # ---- aliases ----------------------------------------------------------------------------
 
     async def move_aliases(self) -> None:
-        """One look at the aliases that are on their way."""
+        """One look at the aliases that are on their way, or at as many as one look may take."""
         if not self._is_leader():
             return
-        actions = plan_transitions(self._view, now_ms=self._now_ms(), policy=self._policy)
-        for action in actions:
+        plan = plan_transitions(
+            self._view, now_ms=self._now_ms(), policy=self._policy, after=self._moved_after
+        )
+        self._moved_after = plan.after
+        if plan.after:
+            self._woken.set()
+        for action in plan.actions:
             if not self._is_leader():
                 return
             await self._transit(action)

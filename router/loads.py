@@ -22,6 +22,7 @@ from typing import Any, Final, assert_never
 
 from mesh.core import loads as core
 from mesh.core.errors import Internal, MeshError, ResourceExhausted, Unavailable
+from mesh.core.nowhere import RUNTIME_STARTING
 from mesh.core.placement import Placement
 from mesh.core.policy import Policy
 from mesh.core.types import LoadPriority
@@ -77,6 +78,10 @@ def _score_unknown(model_id: str) -> float:
     return 0.0
 
 
+def _nobody_told(model_id: str) -> None:
+    return
+
+
 async def _told(
     asking: Coroutine[Any, Any, core.Answer], ended: Callable[[core.Answer], None]
 ) -> None:
@@ -85,7 +90,8 @@ async def _told(
 
 class Loads:
     """Not for more than one event loop. ``now_ms`` is the wall clock's reading; ``avoid`` names
-    the instances that seem not to answer now; ``use_score`` is ``mesh.core.usage``'s."""
+    the instances that seem not to answer now; ``use_score`` is ``mesh.core.usage``'s;
+    ``starved`` hears of each model that requests wait for and that no pod runs, at each look."""
 
     def __init__(
         self,
@@ -98,9 +104,11 @@ class Loads:
         decisions: DecisionLog | None = None,
         avoid: Callable[[], Collection[str]] = tuple,
         use_score: Callable[[str], float] = _score_unknown,
+        starved: Callable[[str], None] = _nobody_told,
     ) -> None:
         self._view = view
         self._metrics = metrics
+        self._starved = starved
         self._policy = policy
         self._now_ms = now_ms
         self._decisions = decisions
@@ -371,7 +379,7 @@ class Loads:
                 case core.GiveUp():
                     self._note("give_up", step.reason, model_id, step.detail)
                     if step.waited:
-                        self._end_patient(flight, state.waiting_since_ms or 0, step.error())
+                        self._end_patient(flight, state.waiting_since_ms or 0, step)
                     if not step.waited or not flight.waiters:
                         return step.error()
                     outcome = core.Waited(next(iter(flight.waiters)).asked_at_ms)
@@ -404,6 +412,8 @@ class Loads:
         """Until the view has changed, the step's time has come, or nobody waits any more."""
         if not flight.waiters:
             return
+        if step.reason == RUNTIME_STARTING:
+            self._starved(flight.model_id)
         if flight.noted_wait != step.reason:
             flight.noted_wait = step.reason
             self._note("wait", step.reason, flight.model_id, step.detail)
@@ -418,9 +428,10 @@ class Loads:
             flight.pause = None
             self._paused.pop(flight, None)
 
-    def _end_patient(self, flight: _Flight, since_ms: int, error: MeshError) -> None:
+    def _end_patient(self, flight: _Flight, since_ms: int, step: core.GiveUp) -> None:
         """Fail those who have waited for a place as long as they may, and no others."""
-        before_ms = self._now_ms() - self._policy.placement_wait_ms
+        before_ms = self._now_ms() - core.patience_ms(step.reason, self._policy)
+        error = step.error()
         for waiter in tuple(flight.waiters):
             if max(waiter.asked_at_ms, since_ms) > before_ms:
                 return  # as do all who came after it

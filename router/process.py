@@ -48,6 +48,7 @@ from router.admin import Admin
 from router.admin_decisions import DecisionsAdmin
 from router.admin_settings import SettingsAdmin
 from router.dataplane import Dataplane
+from router.demands import Demands
 from router.dispatch import Dispatcher
 from router.gateway import Gateway
 from router.gauges import report
@@ -127,6 +128,7 @@ class Router:
             policy=policy,
             decisions=self.decisions,
         )
+        self.demands = Demands(store, view, policy=policy, now_ms=wall_clock_ms)
         self.loads = Loads(
             view,
             self.peers,
@@ -136,6 +138,7 @@ class Router:
             decisions=self.decisions,
             avoid=self.peers.avoided,
             use_score=lambda model_id: self.dispatcher.use_score(model_id),
+            starved=self.demands.tell,
         )
         self.names = NameLookup(store, view, clock=time.monotonic)
         self.dispatcher = Dispatcher(
@@ -320,6 +323,7 @@ class Router:
             await self._rest.drain()
         await self.roster.close()
         await self.loads.close()
+        await self.demands.close()
         await self.names.close()
         await self.peers.close()
         if self._operations is not None:

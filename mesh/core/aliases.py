@@ -15,11 +15,11 @@ class Aliases:
 
     def __init__(self) -> None:
         self._names: dict[str, tuple[str, ...]] = {}
-        self.moving: set[str] = set()  # names whose target is not what answers
+        self.moving: set[str] = set()  # names whose target is still to be loaded
 
     def put(self, record: VModelRecord, before: VModelRecord | None) -> Iterable[str]:
         """Returns the models that a name came to or went from."""
-        if record.target_model_id != record.active_model_id:
+        if record.target_model_id != record.active_model_id or record.awaits_load:
             self.moving.add(record.name)
         else:
             self.moving.discard(record.name)

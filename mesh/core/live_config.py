@@ -1,13 +1,16 @@
-"""What live settings in the store mean to placement: constraints on the instances of a format.
+"""What live settings in the store mean to placement.
 
-The form is ModelMesh's: ``{type: {"required": [label, ...], "preferred": [label, ...]}}``, where
-the type ``_default`` stands for every format that is not named. It fails with ``InvalidArgument``
-that names the place.
+``type_constraints``: on the instances of a format, in ModelMesh's form: ``{type: {"required":
+[label, ...], "preferred": [label, ...]}}``, where the type ``_default`` stands for every format
+that is not named. ``runtimes``: those whose pods somebody starts when they are wanted, by name:
+``{name: {"formats": [...], "labels": [...]}}``; a request for a model that only they could serve
+waits for a pod instead of failing. Both fail with ``InvalidArgument`` that names the place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from mesh.core.errors import InvalidArgument
@@ -16,6 +19,7 @@ from mesh.core.types import TypeConstraint
 # Names of live settings: the last part of their keys.
 POLICY: Final = "policy"
 TYPE_CONSTRAINTS: Final = "type_constraints"
+RUNTIMES: Final = "runtimes"
 
 # The entry for formats without one of their own.
 ANY_TYPE: Final = "_default"
@@ -42,14 +46,48 @@ def type_constraints(value: Mapping[str, object]) -> dict[str, TypeConstraint]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class PodRuntime:
+    """A runtime whose pods come when they are wanted. ``labels``: what its instances have."""
+
+    name: str
+    model_types: frozenset[str]
+    labels: frozenset[str]
+
+
+def pod_runtimes(value: Mapping[str, object]) -> tuple[PodRuntime, ...]:
+    """In the order of the setting. Raises InvalidArgument."""
+    found = []
+    for name, parts in value.items():
+        if not isinstance(parts, Mapping):
+            raise InvalidArgument(
+                f'{RUNTIMES}.{name}: expected an object with "formats" and "labels"; '
+                f"found {parts!r:.80}"
+            )
+        formats = _texts(parts, "formats", f"{RUNTIMES}.{name}")
+        labels = _texts(parts, "labels", f"{RUNTIMES}.{name}")
+        found.append(PodRuntime(name, frozenset(formats), frozenset(labels)))
+    return tuple(found)
+
+
 def _labels(parts: Mapping[str, object], model_type: str, part: str) -> tuple[str, ...]:
-    labels = parts.get(part, [])
-    if not isinstance(labels, list | tuple) or not all(isinstance(x, str) and x for x in labels):
-        raise InvalidArgument(
-            f"{TYPE_CONSTRAINTS}.{model_type}.{part}: expected a list of labels; "
-            f"found {labels!r:.80}"
-        )
-    return tuple(labels)
+    return _texts(parts, part, f"{TYPE_CONSTRAINTS}.{model_type}")
+
+
+def _texts(parts: Mapping[str, object], part: str, where: str) -> tuple[str, ...]:
+    texts = parts.get(part, [])
+    if not isinstance(texts, list | tuple) or not all(isinstance(x, str) and x for x in texts):
+        what = "labels" if part != "formats" else "formats"
+        raise InvalidArgument(f"{where}.{part}: expected a list of {what}; found {texts!r:.80}")
+    return tuple(texts)
+
+
+def check_config(name: str, value: Mapping[str, object]) -> None:
+    """Raises InvalidArgument for a setting that makes no sense."""
+    if name == TYPE_CONSTRAINTS:
+        type_constraints(value)
+    elif name == RUNTIMES:
+        pod_runtimes(value)
 
 
 class LiveConfig:
@@ -58,17 +96,22 @@ class LiveConfig:
     def __init__(self) -> None:
         self.by_name: dict[str, Mapping[str, object]] = {}
         self.type_constraints: dict[str, TypeConstraint] = {}
+        self.runtimes: tuple[PodRuntime, ...] = ()
 
     def put(self, name: str, value: Mapping[str, object]) -> None:
-        """Raises InvalidArgument for type constraints that make no sense; nothing changes then."""
+        """Raises InvalidArgument for what makes no sense; nothing changes then."""
         if name == TYPE_CONSTRAINTS:
             self.type_constraints = type_constraints(value)
+        elif name == RUNTIMES:
+            self.runtimes = pod_runtimes(value)
         self.by_name[name] = value
 
     def delete(self, name: str) -> None:
         self.by_name.pop(name, None)
         if name == TYPE_CONSTRAINTS:
             self.type_constraints = {}
+        elif name == RUNTIMES:
+            self.runtimes = ()
 
     def replace(self, values: Mapping[str, Mapping[str, object]]) -> None:
         """A snapshot: what it does not hold is gone."""
@@ -82,3 +125,10 @@ class LiveConfig:
         if not self.type_constraints:
             return None
         return self.type_constraints.get(model_type) or self.type_constraints.get(ANY_TYPE)
+
+    def runtime_for(self, model_type: str, required: Collection[str]) -> PodRuntime | None:
+        """The first whose pods could serve the format and have all the labels."""
+        for runtime in self.runtimes:
+            if model_type in runtime.model_types and runtime.labels.issuperset(required):
+                return runtime
+        return None

@@ -12,8 +12,8 @@ still seems not to answer is not asked again, nor where the model itself failed.
 
 It must not call anything or keep anything: the state of a load is the frozen ``LoadState`` that
 goes in and comes out. Bounds: ``Policy.hops_max`` instances asked between two waits,
-``Policy.placement_wait_ms`` of waiting in all, and at most ``Policy.max_load_failures`` loads that
-fail.
+``Policy.placement_wait_ms`` of waiting in all (``runtime_start_wait_ms`` for pods from zero), and
+at most ``Policy.max_load_failures`` loads that fail.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Final, assert_never
 
 from mesh.core.demand import predict_size_bytes
 from mesh.core.errors import RETRYABLE, Code, LoadFailed, MeshError, NotFound, Unavailable
+from mesh.core.nowhere import RUNTIME_STARTING
 from mesh.core.placement import RETRY_SOON_MS, NoPlacement, Placement, place
 from mesh.core.policy import Policy
 from mesh.core.types import CopyState, FailureRecord
@@ -307,11 +308,18 @@ def _only_failures_left(state: LoadState) -> bool:
     return bool(state.failures) and state.excluded <= state.failed_on
 
 
+def patience_ms(reason: str, policy: Policy) -> int:
+    """How long a request waits for a place in all, by what it lacks."""
+    if reason == RUNTIME_STARTING:
+        return max(policy.placement_wait_ms, policy.runtime_start_wait_ms)
+    return policy.placement_wait_ms
+
+
 def _wait_or_give_up(
     state: LoadState, nowhere: GiveUp, now_ms: int, policy: Policy
 ) -> tuple[LoadState, Step]:
     since_ms = now_ms if state.waiting_since_ms is None else state.waiting_since_ms
-    left_ms = since_ms + policy.placement_wait_ms - now_ms
+    left_ms = since_ms + patience_ms(nowhere.reason, policy) - now_ms
     if left_ms <= 0:
         return state, replace(nowhere, waited=state.waiting_since_ms is not None)
     # Doubled as long as that says anything: the shift is bounded, the number of waits is not.

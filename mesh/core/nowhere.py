@@ -13,12 +13,15 @@ from mesh.core.view import ClusterView
 
 # Comes back this soon when what is missing may appear any moment (an instance that starts).
 RETRY_SOON_MS: Final = 1_000
+# The reason when pods that could take it are started on demand.
+RUNTIME_STARTING: Final = "runtime_starting"
 
 
 @dataclass(frozen=True, slots=True)
 class NoPlacement:
-    """Nowhere. ``reason``: ``no_instances``, ``instances_starting``, ``no_runtime``,
-    ``no_label``, ``too_large``, ``load_failed``, ``draining`` or ``all_excluded``. ``detail`` is
+    """Nowhere. ``reason``: ``no_instances``, ``runtime_starting``, ``instances_starting``,
+    ``no_runtime``, ``no_label``, ``too_large``, ``load_failed``, ``draining`` or
+    ``all_excluded``. ``detail`` is
     for a person and is the message of the error that a client gets."""
 
     reason: str
@@ -42,10 +45,15 @@ def nowhere(view: ClusterView, demand: Demand, now_ms: int) -> NoPlacement:
     refusals = Counter(refusal(slot, demand) for slot in view.instances.values())
     total = sum(refusals.values())
     what = f"model {demand.model.model_id!r} cannot be loaded"
+    final = sum(refusals[r] for r in (why.FORMAT_UNSUPPORTED, why.LABELS_MISSING, why.TOO_SMALL))
+    if final == total and not refusals[why.TOO_SMALL]:
+        runtime = view.runtime_for(demand.model.model_type, demand.required)
+        if runtime is not None:
+            detail = f"{what} yet: no pod of the runtime {runtime.name!r} is running"
+            return NoPlacement(RUNTIME_STARTING, detail, Code.UNAVAILABLE, RETRY_SOON_MS)
     if total == 0:
         detail = f"{what}: no serving instance is running"
         return NoPlacement("no_instances", detail, Code.UNAVAILABLE, RETRY_SOON_MS)
-    final = sum(refusals[r] for r in (why.FORMAT_UNSUPPORTED, why.LABELS_MISSING, why.TOO_SMALL))
     if final == total:
         return _final(view, demand, refusals, what)
     if refusals[why.STARTING] + final == total:

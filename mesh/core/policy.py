@@ -102,6 +102,9 @@ class Policy:
     # waits at most so long for one before it is refused: an instance restarts in less. A load waits
     # as long for memory of its instance, and is tried elsewhere then.
     placement_wait_ms: int = 10_000
+    # ... or so long when pods of a runtime that could serve it are started on demand (from zero):
+    # the image is pulled, the framework imported, the model fetched.
+    runtime_start_wait_ms: int = 180_000
     # ... and looks again after so long at first, then twice as long each time, when nothing has
     # changed in the view before.
     placement_retry_ms: int = 50
@@ -250,6 +253,7 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
             *("load_failure_expiry_ms", "transient_failure_expiry_ms", "advert_min_interval_ms"),
             *("inline_max_us", "inline_turn_max_us", "max_queued_per_copy"),
             *("placement_wait_ms", "replacement_window_ms", "scale_up_cooldown_ms"),
+            *("runtime_start_wait_ms",),
             *("second_copy_min_age_ms", "second_copy_max_age_ms", "second_copy_lru_age_ms"),
             *("scale_down_cooldown_ms", "second_copy_idle_ms", "second_copy_idle_short_ms"),
             *("idle_unload_ms", "proactive_recent_ms", "proactive_quiet_ms", "drain_recent_ms"),

@@ -1,6 +1,9 @@
-"""An alias whose target is not yet what answers: what the elected leader does about it.
+"""What the elected leader does about an alias whose target is still to be loaded: before it takes
+over from another model, or because it is new (``awaits_load``).
 
-``plan_transition`` looks at one alias, ``plan_transitions`` at all that are under way. The shell
+``plan_transition`` looks at one alias, ``plan_transitions`` at those that are under way: so many
+loads at once, and so many that need a place in one look, that thousands of new names neither hold
+up the leader nor fill the queues that requests wait in. The shell
 of the leader carries the actions out; each writes by compare-and-swap against the record that the
 decision saw, so a leader that is none any more changes nothing. The old model keeps answering
 until its successor is loaded, and for as long as the successor does not load.
@@ -47,6 +50,10 @@ class Switch:
     delete_model_id: str | None
     reason: str  # target_loaded | active_gone
 
+    @property
+    def name(self) -> str:
+        return self.new.name
+
 
 @dataclass(frozen=True, slots=True)
 class MarkFailed:
@@ -55,6 +62,10 @@ class MarkFailed:
     old: VModelRecord
     new: VModelRecord
     reason: str
+
+    @property
+    def name(self) -> str:
+        return self.new.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,33 +84,73 @@ def transitions_pending(view: ClusterView) -> Iterator[VModelRecord]:
     return (view.vmodels[name] for name in sorted(view.vmodels_in_transition()))
 
 
+@dataclass(frozen=True, slots=True)
+class TransitionPlan:
+    """``after``: the last name that was looked at; "" when all were, from the first to the last."""
+
+    actions: tuple[TransitionAction, ...]
+    after: str = ""
+
+
 def plan_transitions(
-    view: ClusterView, *, now_ms: int, policy: Policy
-) -> tuple[TransitionAction, ...]:
-    """One action per alias that is on its way. Nothing before the view has synced."""
+    view: ClusterView, *, now_ms: int, policy: Policy, after: str = ""
+) -> TransitionPlan:
+    """One action per alias that is on its way, by name from ``after`` on. At most
+    ``repair_batch_max`` of them are placed, and at most ``repair_loads_max`` loads are begun or
+    under way. Nothing before the view has synced."""
     if not view.synced:
-        return ()
-    return tuple(
-        plan_transition(view, record, now_ms=now_ms, policy=policy)
-        for record in transitions_pending(view)
-    )
+        return TransitionPlan(())
+    records = [record for record in transitions_pending(view) if record.name > after]
+    loads = sum(_under_way(view, view.vmodels[name]) for name in view.vmodels_in_transition())
+    placed = 0
+    actions: list[TransitionAction] = []
+    for record in records:
+        action = _without_placing(view, record, now_ms)
+        if action is None:
+            if placed >= policy.repair_batch_max:
+                return TransitionPlan(tuple(actions), actions[-1].name)
+            if loads >= policy.repair_loads_max > 0:
+                action = Wait(record.name, "loads_under_way")
+            else:
+                placed += 1
+                action = _placing(view, record, now_ms, policy)
+                loads += isinstance(action, LoadTarget)
+        actions.append(action)
+    return TransitionPlan(tuple(actions))
 
 
 def plan_transition(
     view: ClusterView, record: VModelRecord, *, now_ms: int, policy: Policy
 ) -> TransitionAction:
     """See the table in the module's docstring."""
-    target = view.models.get(record.target_model_id)
-    if target is None:
+    action = _without_placing(view, record, now_ms)
+    return _placing(view, record, now_ms, policy) if action is None else action
+
+
+def _without_placing(
+    view: ClusterView, record: VModelRecord, now_ms: int
+) -> TransitionAction | None:
+    """The rows of the table that need no place for the target; None for the others."""
+    if record.target_model_id not in view.models:
         cause = f"the target model {record.target_model_id!r} is not registered"
         return _mark(record, cause, "target_unregistered", now_ms)
-    if view.lasting_on(target.model_id):
+    if view.lasting_on(record.target_model_id):
         return _switch(view, record, "target_loaded", now_ms)
     if record.active_model_id not in view.models:
         return _switch(view, record, "active_gone", now_ms)
-    under_way = any(c.state is CopyState.LOADING for c in view.copies_of(target.model_id))
-    if under_way or view.pending_of(target.model_id):
-        return Wait(record.name, "target_loading")
+    return Wait(record.name, "target_loading") if _under_way(view, record) else None
+
+
+def _under_way(view: ClusterView, record: VModelRecord) -> bool:
+    model_id = record.target_model_id
+    loading = any(copy.state is CopyState.LOADING for copy in view.copies_of(model_id))
+    return loading or bool(view.pending_of(model_id))
+
+
+def _placing(
+    view: ClusterView, record: VModelRecord, now_ms: int, policy: Policy
+) -> LoadTarget | MarkFailed | Wait:
+    target = view.models[record.target_model_id]
     placed = place(view, target, now_ms=now_ms, policy=policy)
     if isinstance(placed, Placement):
         return LoadTarget(record.name, target.model_id, placed, placed.reason)
@@ -121,7 +172,15 @@ def _mark(record: VModelRecord, cause: str, reason: str, now_ms: int) -> MarkFai
 
 
 def _switch(view: ClusterView, record: VModelRecord, reason: str, now_ms: int) -> Switch:
-    new = replace(record, active_model_id=record.target_model_id, failed="", updated_at_ms=now_ms)
+    new = replace(
+        record,
+        active_model_id=record.target_model_id,
+        failed="",
+        awaits_load=False,
+        updated_at_ms=now_ms,
+    )
+    if record.active_model_id == record.target_model_id:  # its first load
+        return Switch(record, new, None, reason)
     old_model = view.models.get(record.active_model_id)
     named_by_others = any(n != record.name for n in view.aliases_of(record.active_model_id))
     deletes = old_model is not None and old_model.auto_delete and not named_by_others

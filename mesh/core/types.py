@@ -94,7 +94,8 @@ class VModelRecord:
     """A stable name whose target can move: ``vmodels/<name>``.
 
     ``active_model_id`` answers requests. ``target_model_id`` differs from it only during a switch:
-    the elected leader has the target loaded and then moves ``active`` in one transaction.
+    the elected leader has the target loaded and then moves ``active`` in one transaction. A new
+    name that ``awaits_load`` is on its way as well: its model is loaded before anybody asks.
     ``failed`` tells that the target did not load (the old one keeps serving).
     """
 
@@ -103,6 +104,7 @@ class VModelRecord:
     target_model_id: str
     owner: str = ""
     failed: str = ""  # cause, "" when the target has not failed
+    awaits_load: bool = False  # the leader has the target loaded once, then it is as any other
     manifest: str = ""  # the resource as applied, JSON; "" when registered otherwise
     updated_at_ms: int = 0
     version: int = 1

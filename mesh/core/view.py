@@ -17,14 +17,14 @@ nothing here walks all models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Final
 
 from mesh.core.aliases import Aliases
 from mesh.core.failure_index import FailureIndex
-from mesh.core.live_config import LiveConfig
+from mesh.core.live_config import LiveConfig, PodRuntime
 from mesh.core.replacement import ReplicaSets
 from mesh.core.resolving import Resolved, Unresolved, resolve
 from mesh.core.slots import InstanceSlot, PendingLoad
@@ -157,8 +157,12 @@ class ClusterView:
         """What instances must and should have to run that format."""
         return self._settings.constraint_of(model_type)
 
+    def runtime_for(self, model_type: str, required: Collection[str]) -> PodRuntime | None:
+        """A runtime that could serve the format, with all the labels, if it had pods."""
+        return self._settings.runtime_for(model_type, required)
+
     def put_config(self, name: str, value: Mapping[str, object]) -> None:
-        """Raises InvalidArgument for type constraints that make no sense; nothing changes then."""
+        """Raises InvalidArgument for what makes no sense; nothing changes then."""
         self._settings.put(name, value)
 
     def delete_config(self, name: str) -> None:

@@ -21,7 +21,7 @@ from mesh.runtimes.external import ExternalRuntimes
 from mesh.runtimes.external_choice import external_runtimes
 from mesh.runtimes.isolated import IsolatedRuntime, IsolationLimits
 from mesh.runtimes.registry import SOURCES, RuntimeRegistry
-from mesh.serving_runtime import ServingRuntime, parse_serving_runtime
+from mesh.serving_runtime import ServingRuntime, parse_serving_runtime, runtime_label
 
 
 class Closable(Protocol):
@@ -40,6 +40,8 @@ async def choose_runtimes(settings: InstanceSettings) -> Chosen:
     resource = None
     if settings.serving_runtime is not None:
         resource = await asyncio.to_thread(_read, settings.serving_runtime)
+        labels = dict.fromkeys((*settings.labels, runtime_label(resource.name)))
+        settings = replace(settings, labels=tuple(labels))
         external = external_runtimes(
             resource,
             endpoint=settings.runtime_endpoint,

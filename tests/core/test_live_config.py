@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mesh.core.errors import InvalidArgument
-from mesh.core.live_config import LiveConfig, type_constraints
+from mesh.core.live_config import RUNTIMES, LiveConfig, pod_runtimes, type_constraints
 from mesh.core.types import TypeConstraint
 from mesh.core.view import ClusterView
 
@@ -76,3 +76,37 @@ def test_a_snapshot_replaces_all_settings() -> None:
     settings.replace({"policy": {"hops_max": 3}, "from_the_future": {"x": 1}})
     assert settings.by_name == {"policy": {"hops_max": 3}, "from_the_future": {"x": 1}}
     assert settings.type_constraints == {}
+
+
+# --- runtimes whose pods come on demand ---------------------------------------------------------
+
+
+def test_a_runtime_serves_its_formats_to_models_that_ask_for_no_more_than_its_labels() -> None:
+    config = LiveConfig()
+    config.put(
+        RUNTIMES,
+        {"cpu": {"formats": ["onnx"], "labels": ["rt:cpu"]}, "gpu": {"formats": ["onnx", "torch"]}},
+    )
+    found = [
+        (config.runtime_for("onnx", ()), config.runtime_for("torch", ())),
+        (config.runtime_for("onnx", ("rt:cpu",)), config.runtime_for("torch", ("rt:cpu",))),
+    ]
+    assert [[one.name if one else None for one in pair] for pair in found] == [
+        ["cpu", "gpu"],
+        ["cpu", None],
+    ]
+    config.delete(RUNTIMES)
+    assert config.runtime_for("onnx", ()) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        pytest.param({"r": "onnx"}, "runtimes.r", id="not an object"),
+        pytest.param({"r": {"formats": "onnx"}}, "runtimes.r.formats", id="one text"),
+        pytest.param({"r": {"labels": [3]}}, "runtimes.r.labels", id="a number"),
+    ],
+)
+def test_runtimes_that_make_no_sense_are_refused(value: dict[str, Any], place: str) -> None:
+    with pytest.raises(InvalidArgument, match=place):
+        pod_runtimes(value)

@@ -347,3 +347,42 @@ def test_the_claim_of_an_avoided_instance_is_not_joined() -> None:
     load = Load(instance("a"), instance("b"), avoid="a")
     load.answer(ClaimedElsewhere("b", claimed_by="a"))
     assert load.asks() == "b", "the view will have caught up with the claim"
+
+
+# ---- pods that are started on demand -------------------------------------------------------------
+
+OFFERED = {"mesh-1.x": {"formats": ["onnx"], "labels": ["rt:mesh-1.x"]}}
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param([], id="no instance runs at all"),
+        pytest.param([instance("a", model_types=("sklearn",))], id="others run other formats"),
+    ],
+)
+def test_a_runtime_without_pods_is_waited_for_as_long_as_pods_take(others: list[Record]) -> None:
+    load = Load(*others)
+    load.view.put_config("runtimes", OFFERED)
+    load.state, load.step = first_step(load.view, "m", now_ms=NOW, policy=POLICY)
+    step = load.waits()
+    assert step.reason == "runtime_starting" and "'mesh-1.x'" in step.error().message
+    load.waited(POLICY.runtime_start_wait_ms - 1)
+    assert load.waits().reason == "runtime_starting"
+    load.waited(1)
+    assert load.gave_up().waited
+
+
+def test_a_pod_that_has_come_is_asked() -> None:
+    load = Load()
+    load.view.put_config("runtimes", OFFERED)
+    load.view.put_instance(instance("a"))
+    load.waited()
+    assert load.asks() == "a"
+
+
+def test_pods_on_demand_are_no_larger_than_those_that_run() -> None:
+    load = Load(instance("a", capacity=1))
+    load.view.put_config("runtimes", OFFERED)
+    load.state, load.step = first_step(load.view, "m", now_ms=NOW, policy=POLICY)
+    assert load.gave_up().reason == "too_large"

@@ -145,7 +145,7 @@ def test_an_active_model_that_is_gone_protects_nothing() -> None:
 
 def test_only_aliases_on_their_way_are_planned_and_by_name() -> None:
     view = view_of(vmodel("z", "old", "new"), vmodel("b", "old", "new"), vmodel("c", "old"), OLD)
-    actions = plan_transitions(view, now_ms=NOW, policy=POLICY)
+    actions = plan_transitions(view, now_ms=NOW, policy=POLICY).actions
     assert [a.old.name for a in actions if isinstance(a, MarkFailed)] == ["b", "z"]
     assert len(actions) == 2
 
@@ -153,4 +153,62 @@ def test_only_aliases_on_their_way_are_planned_and_by_name() -> None:
 def test_nothing_is_planned_before_the_view_has_synced() -> None:
     view = ClusterView()
     view.put_vmodel(V)
-    assert plan_transitions(view, now_ms=NOW, policy=POLICY) == ()
+    assert plan_transitions(view, now_ms=NOW, policy=POLICY).actions == ()
+
+
+# --- new names that await their first load ------------------------------------------------------
+
+FRESH = vmodel("v", "new", awaits_load=True)
+
+
+def test_a_new_name_has_its_model_loaded() -> None:
+    action = plan_transition(view_of(FRESH, NEW, instance("a")), FRESH, now_ms=NOW, policy=POLICY)
+    assert isinstance(action, LoadTarget) and action.model_id == "new"
+
+
+def test_once_loaded_it_awaits_nothing_and_its_model_stays() -> None:
+    view = view_of(FRESH, NEW, instance("a"), copy("new", "a"))
+    action = plan_transition(view, FRESH, now_ms=NOW, policy=POLICY)
+    assert isinstance(action, Switch) and action.delete_model_id is None
+    assert action.new == replace(FRESH, awaits_load=False, updated_at_ms=NOW)
+    view.put_vmodel(action.new)
+    assert plan_transitions(view, now_ms=NOW, policy=POLICY).actions == ()
+
+
+def test_a_first_load_that_fails_is_told_and_tried_again_when_its_failures_expire() -> None:
+    failed = failure("new", "a")
+    view = view_of(FRESH, NEW, instance("a"), failed)
+    action = plan_transition(view, FRESH, now_ms=NOW, policy=POLICY)
+    assert isinstance(action, MarkFailed) and failed.message in action.new.failed
+    assert action.new.awaits_load
+    later = plan_transition(view, action.new, now_ms=failed.expires_at_ms, policy=POLICY)
+    assert isinstance(later, LoadTarget)
+
+
+def _many(count: int) -> list[Record]:
+    names = [f"v{at:03}" for at in range(count)]
+    records: list[Record] = [vmodel(n, f"m-{n}", awaits_load=True) for n in names]
+    return [*records, *(model(f"m-{n}") for n in names)]
+
+
+def test_so_many_loads_at_once_and_no_more() -> None:
+    policy = replace(POLICY, repair_loads_max=3)
+    view = view_of(*_many(10), instance("a", capacity=10**6), copy("m-v007", "a", LOADING))
+    actions = plan_transitions(view, now_ms=NOW, policy=policy).actions
+    assert [a.name for a in actions if isinstance(a, LoadTarget)] == ["v000", "v001"]
+    assert len(actions) == 10
+
+
+def test_a_look_places_so_many_and_the_next_one_goes_on() -> None:
+    policy = replace(POLICY, repair_batch_max=4)
+    view = view_of(*_many(10))  # no instance: each waits for a place
+    seen: list[str] = []
+    after = ""
+    while True:
+        plan = plan_transitions(view, now_ms=NOW, policy=policy, after=after)
+        assert len(plan.actions) <= 4
+        seen += [action.name for action in plan.actions]
+        after = plan.after
+        if not after:
+            break
+    assert seen == [f"v{at:03}" for at in range(10)]

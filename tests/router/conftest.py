@@ -175,6 +175,7 @@ class World:
         self.instances.gate.set()
         self.metrics = RouterMetrics()
         self.clock_s = 0.0
+        self.starved: list[str] = []
         self.decisions = DecisionLog(now_ms=lambda: self.now_ms)
         self.build()
         for replace_family in (
@@ -203,6 +204,7 @@ class World:
             policy=self.policy,
             now_ms=lambda: self.now_ms,
             avoid=self.peers.avoided,
+            starved=lambda model_id: self.starved.append(model_id),
         )
         self.names = NameLookup(self.store, self.view, clock=lambda: self.clock_s)
         self.dispatcher = Dispatcher(
