@@ -36,11 +36,14 @@ class Kind(Enum):
 class Role(Enum):
     ROUTER = "router"
     INSTANCE = "instance"
+    CONTROLLER = "controller"
 
 
 _ROUTER: Final = frozenset({Role.ROUTER})
 _INSTANCE: Final = frozenset({Role.INSTANCE})
-_BOTH: Final = frozenset(Role)
+_BOTH: Final = _ROUTER | _INSTANCE
+_CONTROLLER: Final = frozenset({Role.CONTROLLER})
+_ALL: Final = frozenset(Role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +194,28 @@ SERIES: Final[tuple[Series, ...]] = (
     _gauge("inflight", "mesh_inflight_requests", "Requests in flight", _BOTH),
     _gauge("connections", "mesh_connections", "Open client connections", _BOTH),
     _gauge("store_connected", "mesh_store_connected",
-           "1 while the store answers, 0 while the process works from its last view", _BOTH),
+           "1 while the store answers, 0 while the process works from its last view", _ALL),
+    # Ours, the controller.
+    _count("reconciles", "mesh_controller_reconciles_total",
+           "Objects that were reconciled, by kind and outcome", _CONTROLLER, ("kind", "outcome")),
+    _count("actions", "mesh_controller_actions_total",
+           "Actions that were carried out, by what they were", _CONTROLLER, ("action",)),
+    _gauge("api_writes", "mesh_controller_api_writes_total",
+           "Writes sent to the API server", _CONTROLLER),
+    _gauge("queue", "mesh_controller_queue_depth",
+           "Objects that wait to be reconciled, or are being", _CONTROLLER),
+    _gauge("backing_off", "mesh_controller_delayed_objects",
+           "Objects that are looked at again at a later time", _CONTROLLER),
+    _gauge("services", "mesh_controller_services", "InferenceServices and Predictors known",
+           _CONTROLLER),
+    _gauge("meshes", "mesh_controller_meshes", "Namespaces with a mesh", _CONTROLLER),
+    _gauge("controller_leader", "mesh_controller_leader",
+           "1 on the elected controller, else 0", _CONTROLLER),
 )  # fmt: skip
 
 BUILD: Final = Series(
     "build_info", "mesh_build_info", Kind.GAUGE, "1, with the software's version and the role",
-    _BOTH, ("version", "role"),
+    _ALL, ("version", "role"),
 )  # fmt: skip
 
 # What ``ProcessCollector`` adds, so that the check of dashboards and rules knows these names too.

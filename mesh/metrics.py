@@ -90,7 +90,7 @@ class _Recorder(Collector):
     """The cells of one process. Subclasses give the names that their process records."""
 
     role: Role
-    request_histograms: tuple[str, ...]  # keys of those with ``method`` and ``code``
+    request_histograms: tuple[str, ...] = ()  # keys of those with ``method`` and ``code``
 
     def __init__(
         self,
@@ -353,3 +353,9 @@ class InstanceMetrics(_Recorder):
             return super()._gauge_value(name)
         used, capacity = super()._gauge_value("used_bytes"), super()._gauge_value("capacity_bytes")
         return round(used * 10_000 / capacity) if used is not None and capacity else None
+
+
+class ControllerMetrics(_Recorder):
+    """Series of a controller process. Counters: reconciles (kind, outcome), actions (action)."""
+
+    role = Role.CONTROLLER

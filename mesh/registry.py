@@ -96,6 +96,11 @@ def escape(name: str) -> str:
         raise InvalidArgument(f"name {name!r} is not valid Unicode text") from error
 
 
+def unescape(segment: str) -> str:
+    """The name that a segment of a key stands for."""
+    return unquote(segment)
+
+
 def model_key(model_id: str) -> str:
     return MODELS_PREFIX + escape(model_id)
 

@@ -17,12 +17,12 @@ from mesh.core.live_config import POLICY
 from mesh.core.policy import Policy
 from mesh.core.types import InstanceRecord, InstanceState
 from mesh.decision_log import DecisionLog
+from mesh.health_listener import HealthListener
 from mesh.instance.carrier import Carrier
 from mesh.instance.clock import Clock
 from mesh.instance.drainer import Drainer
 from mesh.instance.executor import Executor
 from mesh.instance.handlers import instance_methods
-from mesh.instance.http import HealthListener
 from mesh.instance.inference import Inference
 from mesh.instance.loader import Runtimes
 from mesh.instance.membership import Membership

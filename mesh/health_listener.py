@@ -1,18 +1,22 @@
-"""The instance's HTTP listener for operators: /metrics, /livez, /readyz. Nothing else."""
+"""An HTTP listener for operators: /metrics, /livez, /readyz. Nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from aiohttp import web
 
-from mesh.metrics import InstanceMetrics
+
+class Rendered(Protocol):
+    def render(self) -> tuple[bytes, str]:
+        """(the page of /metrics, its content type)"""
 
 
 class HealthListener:
-    """``not_ready()`` says why the instance takes no requests; "" when it does."""
+    """``not_ready()`` says why the process is not ready; "" when it is."""
 
-    def __init__(self, metrics: InstanceMetrics, not_ready: Callable[[], str]) -> None:
+    def __init__(self, metrics: Rendered, not_ready: Callable[[], str]) -> None:
         self._metrics = metrics
         self._not_ready = not_ready
         self._runner: web.AppRunner | None = None
