@@ -17,7 +17,7 @@ import asyncio
 from typing import Final
 
 from mesh.runtimes.api import ModelSpec
-from mesh.runtimes.isolated_fork_server import ForkServer
+from mesh.runtimes.isolated_fork_server import ForkServers
 from mesh.runtimes.isolated_limits import IsolationLimits
 from mesh.runtimes.isolated_model import IsolatedModel
 from mesh.runtimes.registry import RuntimeRegistry
@@ -35,13 +35,19 @@ class IsolatedRuntime:
     model_types = ()
 
     def __init__(
-        self, settings: RuntimeSettings, limits: IsolationLimits, loop: asyncio.AbstractEventLoop
+        self,
+        settings: RuntimeSettings,
+        limits: IsolationLimits,
+        loop: asyncio.AbstractEventLoop,
+        servers: ForkServers | None = None,
     ) -> None:
+        """``servers`` that others use as well are closed by whoever made them."""
         self._settings = settings
         self._limits = limits
         self._loop = loop
         self._here = RuntimeRegistry(settings)  # predicts; nothing is loaded by it
-        self._servers: dict[str, ForkServer] = {}
+        self._servers = servers or ForkServers()
+        self._own_servers = servers is None
         self._fresh_bytes: dict[str, int] = {}
         self._models: set[IsolatedModel] = set()
 
@@ -56,16 +62,9 @@ class IsolatedRuntime:
 
     async def _load(self, spec: ModelSpec) -> IsolatedModel:
         name = spec.model_type
-        server = self._servers.get(name)
-        if server is None:
-            server = self._servers[name] = ForkServer(
-                name,
-                threads=self._limits.inference_threads,
-                max_message_bytes=self._limits.max_message_bytes,
-            )
         model = IsolatedModel(
             spec,
-            server,
+            self._servers.of(name),
             self._settings,
             self._limits,
             on_fresh=lambda fresh_bytes: self._fresh_bytes.update({name: fresh_bytes}),
@@ -77,12 +76,11 @@ class IsolatedRuntime:
 
     def fork_server_pid(self, format_name: str) -> int:
         """0: none runs."""
-        server = self._servers.get(format_name)
-        return server.pid if server is not None else 0
+        return self._servers.of(format_name).pid
 
     async def close(self) -> None:
-        """Ends every worker and every fork server."""
+        """Ends every worker, and its own fork servers."""
         for model in list(self._models):
             await model.close()
-        for server in self._servers.values():
-            await server.close()
+        if self._own_servers:
+            await self._servers.close()

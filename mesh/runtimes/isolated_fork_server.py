@@ -23,7 +23,7 @@ import orjson
 
 from mesh.core.errors import Code, LoadFailed
 from mesh.runtimes import isolated_limits
-from mesh.runtimes.isolated_limits import Cause
+from mesh.runtimes.isolated_limits import Cause, IsolationLimits
 from mesh.runtimes.isolated_proc import resident_bytes
 from mesh.runtimes.isolated_protocol import FORK_SERVER_MODULE, SOCKET_NAME, Order, line
 from mesh.runtimes.settings import RuntimeSettings
@@ -184,10 +184,8 @@ def _no_fork_server(why: str) -> LoadFailed:
 class ForkServer:
     """``spawn`` starts it when it does not run."""
 
-    def __init__(self, format_name: str, *, threads: int, max_message_bytes: int) -> None:
+    def __init__(self, format_name: str) -> None:
         self._format = format_name
-        self._threads = threads
-        self._max_message_bytes = max_message_bytes
         self._running: _Running | None = None
         self._starting: asyncio.Task[_Running] | None = None
         self._lives: set[asyncio.Task[None]] = set()
@@ -197,12 +195,16 @@ class ForkServer:
         """0: it does not run."""
         return 0 if self._running is None or self._running.over else self._running.pid
 
-    async def spawn(self, settings: RuntimeSettings) -> WorkerProcess:
+    async def spawn(self, settings: RuntimeSettings, limits: IsolationLimits) -> WorkerProcess:
         """A worker that serves, without a model. Raises LoadFailed (UNAVAILABLE)."""
         running = await self._started()
         process = running.new_worker()
         order = Order(
-            process.number, process.folder, settings, self._threads, self._max_message_bytes
+            process.number,
+            process.folder,
+            settings,
+            threads=limits.inference_threads,
+            max_message_bytes=limits.max_message_bytes,
         )
         running.tell({"spawn": order.encode()})
         try:
@@ -286,6 +288,23 @@ class ForkServer:
             self._running.hang_up()
         if self._lives:
             await asyncio.wait(set(self._lives))
+
+
+class ForkServers:
+    """One a format, made when first wanted."""
+
+    def __init__(self) -> None:
+        self._by_format: dict[str, ForkServer] = {}
+
+    def of(self, format_name: str) -> ForkServer:
+        server = self._by_format.get(format_name)
+        if server is None:
+            server = self._by_format[format_name] = ForkServer(format_name)
+        return server
+
+    async def close(self) -> None:
+        for server in self._by_format.values():
+            await server.close()
 
 
 async def _live(

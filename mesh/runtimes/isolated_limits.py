@@ -26,6 +26,10 @@ class IsolationLimits:
     silence_timeout_ms: int = 30_000
     # An inference whose client has gone may go on for so long: it holds a thread.
     abandoned_timeout_ms: int = 30_000
+    # A busy worker is asked so often how long its inferences have been inside.
+    ping_every_ms: int = 1_000
+    # From SIGTERM to SIGKILL: the model's own unload has a second of it.
+    unload_timeout_ms: int = 2_000
     # So many ends within so long, and the model is given up here.
     crashes_max: int = 3
     crash_window_ms: int = 60_000

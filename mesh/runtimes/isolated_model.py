@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 # The first replacement comes at once; what dies again at once must not keep the machine busy.
 _BACKOFF_S: Final = (0.0, 0.5, 2.0)
-# From SIGTERM to SIGKILL: the model's own unload has a second of it.
-_TERM_S: Final = 2.0
 
 
 class IsolatedModel:
@@ -116,7 +114,7 @@ class IsolatedModel:
         self._serve(process)
 
     async def _bring_up(self) -> WorkerProcess:
-        process = await self._server.spawn(self._settings)
+        process = await self._server.spawn(self._settings, self._limits)
         process.ended.add_done_callback(lambda _: self._remove_folder(process))
         control = Channel(process.address)
         watch = Watch(process, control, self._limits, lambda: self.channel.in_flight)
@@ -246,7 +244,7 @@ class IsolatedModel:
         process = self._process
         if process is not None and not process.ended.done():
             process.signal(signal.SIGTERM)
-            await asyncio.wait({process.ended}, timeout=_TERM_S)
+            await asyncio.wait({process.ended}, timeout=self._limits.unload_timeout_ms / 1e3)
             process.kill()
             await process.ended
         if self._removals:

@@ -24,7 +24,6 @@ from mesh.wire.client import Channel
 _LOADING_S: Final = 0.025
 _BUSY_S: Final = 0.05
 _IDLE_S: Final = 2.0
-_PING_EVERY_S: Final = 1.0
 # When the watch itself comes so late, the pod was held up: nobody is blamed for that time.
 _LATE_S: Final = 1.0
 
@@ -44,6 +43,7 @@ class Watch:
         self._control = control
         self._limits = limits
         self._in_flight = in_flight
+        self._ping_every_s = limits.ping_every_ms / 1e3
         self._loop = asyncio.get_running_loop()
         self._memory_bytes = limits.worker_memory_bytes + process.base_bytes
         self._loading = True
@@ -68,7 +68,7 @@ class Watch:
         self._in_doubt = True
         if self._slow and self._timer is not None:
             self._timer.cancel()
-            self._next_ping_s = monotonic() + _PING_EVERY_S
+            self._next_ping_s = monotonic() + self._ping_every_s
             self._schedule(_BUSY_S)
 
     def stop(self) -> None:
@@ -108,7 +108,7 @@ class Watch:
         elif self._asked_s:
             self._look_at_silence(now_s)
         elif now_s >= self._next_ping_s and self._in_doubt:
-            self._next_ping_s = now_s + _PING_EVERY_S
+            self._next_ping_s = now_s + self._ping_every_s
             self._asked_s = self._idle_cpu_since_s = now_s
             self._cpu_ms = cpu_ms(self._process.pid)
             self._ping = self._loop.create_task(self._ask())

@@ -15,6 +15,7 @@ import numpy as np
 from mesh.core.errors import MeshError
 from mesh.runtimes.api import ModelSpec
 from mesh.runtimes.isolated import IsolatedModel, IsolatedRuntime, IsolationLimits
+from mesh.runtimes.isolated_fork_server import ForkServers
 from mesh.runtimes.settings import RuntimeSettings
 from mesh.wire import hpack
 from mesh.wire.client import Reply, RpcError
@@ -169,10 +170,16 @@ def limits(**changes: Any) -> IsolationLimits:
 
 @asynccontextmanager
 async def isolation(
-    folder: Path, *, allow_pickle: bool = True, allow_python: bool = True, **changes: Any
+    folder: Path,
+    servers: ForkServers | None = None,
+    *,
+    allow_pickle: bool = True,
+    allow_python: bool = True,
+    **changes: Any,
 ) -> AsyncIterator[Isolation]:
+    """``servers``: fork servers that other tests use as well."""
     settings = RuntimeSettings(allow_pickle=allow_pickle, allow_python=allow_python)
-    runtime = IsolatedRuntime(settings, limits(**changes), asyncio.get_running_loop())
+    runtime = IsolatedRuntime(settings, limits(**changes), asyncio.get_running_loop(), servers)
     try:
         yield Isolation(runtime, folder)
     finally:

@@ -16,6 +16,7 @@ import joblib
 import numpy as np
 import orjson
 import pytest
+import pytest_asyncio
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 
@@ -29,6 +30,7 @@ from mesh.instance.servable import Servable
 from mesh.internal_calls import REST_PATH
 from mesh.metrics import InstanceMetrics
 from mesh.runtimes.api import AnyModel, ModelSpec
+from mesh.runtimes.isolated_fork_server import ForkServers
 from mesh.runtimes.registry import RuntimeRegistry
 from mesh.runtimes.settings import RuntimeSettings
 from mesh.wire.client import Channel, RpcError
@@ -36,6 +38,8 @@ from mesh.wire.server import Server, Streaming, Unary
 from protos import oip_pb2
 
 from .isolation import infer_request, isolation, python_model
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 METADATA = "/inference.GRPCInferenceService/ModelMetadata"
 NAME = (("mm-model-id", "the-id"), ("mm-vmodel-id", "the-alias"))
@@ -87,11 +91,11 @@ class Pods:
 
 
 @asynccontextmanager
-async def pods(path: Path, kind: str, folder: Path) -> AsyncIterator[Pods]:
+async def pods(path: Path, kind: str, folder: Path, servers: ForkServers) -> AsyncIterator[Pods]:
     settings = RuntimeSettings(allow_pickle=True, allow_python=True)
     spec = ModelSpec("the-id", kind, path)
     async with AsyncExitStack() as stack:
-        workers = await stack.enter_async_context(isolation(folder))
+        workers = await stack.enter_async_context(isolation(folder, servers))
         there = await workers.load("the-id", path=path, kind=kind)
         registry = RuntimeRegistry(settings)
         here = await asyncio.to_thread(lambda: registry.runtime_for(kind).load(spec))
@@ -101,18 +105,18 @@ async def pods(path: Path, kind: str, folder: Path) -> AsyncIterator[Pods]:
         )
 
 
-@pytest.fixture
-async def python_pods(tmp_path: Path) -> AsyncIterator[Pods]:
-    async with pods(python_model(tmp_path / "model"), "python", tmp_path) as both:
+@pytest_asyncio.fixture(loop_scope="module")
+async def python_pods(tmp_path: Path, servers: ForkServers) -> AsyncIterator[Pods]:
+    async with pods(python_model(tmp_path / "model"), "python", tmp_path, servers) as both:
         yield both
 
 
-async def test_a_joblib_model_answers_as_in_the_pod(tmp_path: Path) -> None:
+async def test_a_joblib_model_answers_as_in_the_pod(tmp_path: Path, servers: ForkServers) -> None:
     features, labels = load_iris(return_X_y=True)
     estimator = LogisticRegression(max_iter=500).fit(features, labels)
     path = tmp_path / "model.joblib"
     joblib.dump(estimator, path)
-    async with pods(path, "sklearn", tmp_path) as both:
+    async with pods(path, "sklearn", tmp_path, servers) as both:
         request = oip_pb2.ModelInferRequest(id="7")
         request.inputs.add(name="predict", datatype="FP64", shape=list(features.shape))
         request.raw_input_contents.append(features.tobytes())

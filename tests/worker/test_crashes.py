@@ -11,8 +11,11 @@ import pytest
 
 from mesh.core.errors import Code, MeshError
 from mesh.runtimes.api import ModelLost
+from mesh.runtimes.isolated_fork_server import ForkServers
 
 from .isolation import MODEL, Isolation, alive, end, isolation
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.mark.parametrize(
@@ -66,8 +69,10 @@ async def test_requests_that_come_while_a_model_is_away_wait_for_it(workers: Iso
     assert answers == [[2.0 * n] for n in range(5)]
 
 
-async def test_who_waits_for_a_model_that_is_away_waits_until_its_deadline(tmp_path: Path) -> None:
-    async with isolation(tmp_path) as workers:
+async def test_who_waits_for_a_model_that_is_away_waits_until_its_deadline(
+    tmp_path: Path, servers: ForkServers
+) -> None:
+    async with isolation(tmp_path, servers) as workers:
         model = await workers.load("slow", _hangs_the_second_time(tmp_path))
         await workers.fail(model, "segfault")
         error = await workers.fail(model, "", timeout_s=0.2)
@@ -75,8 +80,10 @@ async def test_who_waits_for_a_model_that_is_away_waits_until_its_deadline(tmp_p
         assert "SIGSEGV" in error.message
 
 
-async def test_who_waits_too_long_without_a_deadline_is_told_to_retry(tmp_path: Path) -> None:
-    async with isolation(tmp_path, replacing_wait_ms=100) as workers:
+async def test_who_waits_too_long_without_a_deadline_is_told_to_retry(
+    tmp_path: Path, servers: ForkServers
+) -> None:
+    async with isolation(tmp_path, servers, replacing_wait_ms=100) as workers:
         model = await workers.load("slow", _hangs_the_second_time(tmp_path))
         await workers.fail(model, "segfault")
         error = await workers.fail(model, "")
@@ -110,8 +117,10 @@ async def test_all_models_return_when_their_fork_server_is_killed(workers: Isola
     assert [await workers.ask(model) for model in models] == [[2.0, 4.0]] * 2
 
 
-async def test_a_dead_fork_server_is_not_held_against_the_models(tmp_path: Path) -> None:
-    async with isolation(tmp_path, crashes_max=1) as workers:
+async def test_a_dead_fork_server_is_not_held_against_the_models(
+    tmp_path: Path, servers: ForkServers
+) -> None:
+    async with isolation(tmp_path, servers, crashes_max=1) as workers:
         model = await workers.load("model")
         pid = model.pid
         end(workers.runtime.fork_server_pid("python"), signal.SIGKILL)

@@ -8,9 +8,14 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from mesh.runtimes.api import ModelLost
+from mesh.runtimes.isolated_fork_server import ForkServers
 
 from .isolation import MODEL, Isolation, alive, isolation, python_model
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 def unloads(what: str) -> str:
@@ -46,11 +51,14 @@ async def test_an_unload_lets_the_model_unload(workers: Isolation) -> None:
     assert (workers.folder / "model" / "told").exists()
 
 
-async def test_an_unload_does_not_wait_for_a_model_that_hangs_in_it(workers: Isolation) -> None:
-    model = await workers.load("model", unloads("ctypes.PyDLL(None).sleep(1_000_000)"))
-    pid = model.pid
-    await asyncio.to_thread(model.unload)
-    assert not alive(pid)
+async def test_an_unload_does_not_wait_for_a_model_that_hangs_in_it(
+    tmp_path: Path, servers: ForkServers
+) -> None:
+    async with isolation(tmp_path, servers, unload_timeout_ms=300) as workers:
+        model = await workers.load("model", unloads("ctypes.PyDLL(None).sleep(1_000_000)"))
+        pid = model.pid
+        await asyncio.to_thread(model.unload)
+        assert not alive(pid)
 
 
 async def test_an_unload_of_a_model_that_is_being_brought_back_leaves_nothing(

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from mesh.core.errors import Code
+from mesh.runtimes.isolated_fork_server import ForkServers
 
 from .isolation import MODEL, Isolation, alive, isolation
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 DOES = """
 import ctypes, os, threading, pathlib
@@ -52,8 +55,10 @@ async def test_a_load(workers: Isolation, what: str, code: Code, cause: str) -> 
         pytest.param("ctypes.PyDLL(None).sleep(1_000_000)", id="with the lock"),
     ],
 )
-async def test_a_load_that_hangs_is_ended_at_its_time_out(tmp_path: Path, what: str) -> None:
-    async with isolation(tmp_path, load_timeout_ms=700) as workers:
+async def test_a_load_that_hangs_is_ended_at_its_time_out(
+    tmp_path: Path, servers: ForkServers, what: str
+) -> None:
+    async with isolation(tmp_path, servers, load_timeout_ms=700) as workers:
         error = await workers.load_error("bad", DOES.format(what=what))
         assert (error.code, "0.7 s" in error.message) == (Code.UNAVAILABLE, True)
         assert not alive(_pid(workers, "bad"))
@@ -66,8 +71,10 @@ async def test_a_bad_load_leaves_the_other_models_alone(workers: Isolation) -> N
     assert (await workers.ask(good), good.pid) == ([2.0, 4.0], pid)
 
 
-async def test_code_is_refused_in_a_worker_as_in_the_pod(tmp_path: Path) -> None:
-    async with isolation(tmp_path, allow_python=False) as workers:
+async def test_code_is_refused_in_a_worker_as_in_the_pod(
+    tmp_path: Path, servers: ForkServers
+) -> None:
+    async with isolation(tmp_path, servers, allow_python=False) as workers:
         error = await workers.load_error("code", MODEL)
         assert error.code is Code.FAILED_PRECONDITION
         assert "allow-python" in error.message
