@@ -9,7 +9,7 @@ collection by ownerReference is not needed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mesh.core.errors import InvalidArgument
@@ -39,6 +39,19 @@ class RuntimeUsage:
     demanded_at_ms: int = 0
     unused_since_ms: int | None = None
     ready_instances: int = 0
+
+    def since(self, unused_since_ms: int | None) -> RuntimeUsage:
+        """The same, unused since then."""
+        return replace(self, unused_since_ms=unused_since_ms)
+
+    def plus(self, *, last_used_ms: int, loading: bool) -> RuntimeUsage:
+        """With one more model."""
+        return replace(
+            self,
+            models=self.models + 1,
+            last_used_at_ms=max(self.last_used_at_ms, last_used_ms),
+            loading=self.loading + loading,
+        )
 
 
 @dataclass(frozen=True, slots=True)
