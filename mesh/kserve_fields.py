@@ -50,7 +50,7 @@ PREDICTOR: Final = _names("name storageUris storageContainerName workerSpec") | 
 )
 
 # ModelSpec's own fields that no one reads here, and those of the Container inlined in it
-MODEL: Final = _names("runtime runtimeVersion confidential") | _names(
+MODEL: Final = _names("runtimeVersion confidential") | _names(
     """name image command args workingDir ports envFrom env resources resizePolicy restartPolicy
     volumeMounts volumeDevices livenessProbe readinessProbe startupProbe lifecycle
     terminationMessagePath terminationMessagePolicy imagePullPolicy securityContext stdin stdinOnce

@@ -2,7 +2,9 @@
 
 This is an edge: YAML, JSON and dictionaries live here, and what comes out are frozen records. It
 reads ``InferenceService`` (serving.kserve.io/v1beta1) unchanged, in both its forms
-(``predictor.model`` and the old ``predictor.<framework>``), and lists of them.
+(``predictor.model`` and the old ``predictor.<framework>``), ModelMesh's own ``Predictor``
+(serving.kserve.io/v1alpha1), and lists of them. What they say of the model is read in
+``mesh.manifest_predictor``.
 
 It writes nothing and loads nothing. A wrong field is ``InvalidArgument`` with the field's full
 path, what was expected and what was found. A field that it does not know, or that KServe knows
@@ -18,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import yaml
@@ -26,6 +28,7 @@ import yaml
 from mesh import kserve_fields
 from mesh.core.errors import InvalidArgument
 from mesh.core.names import (
+    Source,
     check_model_id,
     check_namespace,
     check_resource_name,
@@ -34,38 +37,68 @@ from mesh.core.names import (
 from mesh.core.types import ModelRecord, VModelRecord
 from mesh.manifest_annotations import (
     ANY_NAME,
-    BATCH_LATENCY_MAX_MS,
-    BATCH_ROWS_MAX,
     IDENTITY,
-    KSERVE_PREFIX,
     REVISION,
+    Annotated,
     annotated,
     flag,
 )
 from mesh.manifest_fields import Fields, wrong
+from mesh.manifest_predictor import (
+    ModelSource,
+    identity_of,
+    read_mesh_predictor,
+    read_predictor,
+)
+from mesh.runtime_selection import RuntimeWish
 
 __all__ = [
     "ANY_NAME",
     "API_VERSION",
+    "OWNERS",
+    "OWNER_OF",
     "REVISION",
     "AppliedModel",
+    "applied_uid",
     "load_documents",
     "parse_manifests",
     "parse_resource",
 ]
 
 API_VERSION: Final = "serving.kserve.io/v1beta1"
-SUPPORTED_KINDS: Final = ("InferenceService",)
-# The owner that ModelMesh's controller gives to the aliases of InferenceServices.
-OWNER: Final = "isvc"
+INFERENCE_SERVICE: Final = "InferenceService"
+PREDICTOR: Final = "Predictor"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """``owner``: what ModelMesh's controller calls the owner of such a resource's alias, and the
+    source of its model. ``counted``: annotations that are part of what the model is."""
+
+    api_version: str
+    owner: Source
+    expected: str
+    counted: tuple[str, ...]
+
+
+_KINDS: Final = {
+    INFERENCE_SERVICE: _Kind(API_VERSION, "isvc", "a mapping with a predictor", IDENTITY),
+    PREDICTOR: _Kind(
+        "serving.kserve.io/v1alpha1", "ksp", "a mapping with a modelType", (REVISION,)
+    ),
+}
+SUPPORTED_KINDS: Final = tuple(_KINDS)
+# Which kind's aliases have that owner.
+OWNERS: Final[dict[str, str]] = {known.owner: kind for kind, known in _KINDS.items()}
+OWNER_OF: Final[dict[str, str]] = {kind: known.owner for kind, known in _KINDS.items()}
+# Where kubectl keeps a second copy of the resource.
+_LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 
 # One text; a resource is a few KB, and etcd takes 1.5 MB in a value.
 MAX_TEXT_CHARS: Final = 16 * 1024 * 1024
 MAX_RESOURCE_CHARS: Final = 1024 * 1024
 _MAX_NODES: Final = 100_000  # of one document with its YAML aliases written out
 _MAX_DEPTH: Final = 64
-# What KServe's batcher joins when nothing is said.
-_KSERVE_ROWS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +106,9 @@ class AppliedModel:
     """What one resource asks for. ``namespace`` is "" when the resource does not say.
 
     ``alias`` has ``model`` as its active and its target: whoever writes it over an existing alias
-    moves only the target. ``warnings`` each begin with a field's path.
+    moves only the target. ``warnings`` each begin with a field's path. ``secret_key`` is the entry
+    that the storage secret must have, "" when it needs none. ``uid`` is the API server's, ""
+    when the resource does not come from one.
     """
 
     name: str
@@ -81,6 +116,9 @@ class AppliedModel:
     model: ModelRecord
     alias: VModelRecord
     warnings: tuple[str, ...] = ()
+    wish: RuntimeWish = field(default_factory=RuntimeWish)
+    secret_key: str = ""
+    uid: str = ""
 
 
 # ---- documents --------------------------------------------------------------------------------
@@ -189,8 +227,11 @@ def parse_manifests(
     return tuple(parse_resource(r, now_ms=now_ms) for r in load_documents(text, where))
 
 
-def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedModel:
-    """One InferenceService as a dictionary."""
+def parse_resource(
+    resource: Mapping[str, Any], *, now_ms: int = 0, chooses_runtimes: bool = False
+) -> AppliedModel:
+    """One resource as a dictionary. ``chooses_runtimes``: the caller acts on a runtime's name,
+    which is a warning otherwise."""
     warnings: list[str] = []
     top = Fields(dict(resource), "", warnings)
     kind = top.text("kind", required=f"one of the kinds {', '.join(SUPPORTED_KINDS)}")
@@ -199,35 +240,65 @@ def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedMo
             f"kind: expected one of the kinds that this mesh serves "
             f"({', '.join(SUPPORTED_KINDS)}); found {kind!r}"
         )
-    top.text("apiVersion", required=API_VERSION, choices=(API_VERSION,))
+    known = _KINDS[kind]
+    top.text("apiVersion", required=known.api_version, choices=(known.api_version,))
     metadata = top.fields("metadata", expected="a mapping with a name")
-    spec = top.fields("spec", expected="a mapping with a predictor")
+    spec = top.fields("spec", expected=known.expected)
     namespace = metadata.text("namespace")
     if namespace:
         check_namespace(namespace, "metadata.namespace")
     annotations = metadata.text_map("annotations")
     name = _check_name(metadata.take("name"), annotations)
-    labels = metadata.text_map("labels")
+    labels, uid = metadata.text_map("labels"), metadata.text("uid")
     for silent in kserve_fields.METADATA:
         metadata.take(silent)
     metadata.close()
-    predictor = spec.fields("predictor", expected="a mapping with a model")
-    spec.close(kserve_fields.SPEC)
     top.take("status")
     top.close()
-    about = annotated(annotations, warnings)
-    what = _read_predictor(predictor, annotations, warnings)
-    model = ModelRecord(
-        model_id=concrete_model_id(name, "isvc", what.identity),
-        model_type=what.model_type,
-        path=what.path,
-        key=what.key,
+    about = annotated(annotations, warnings, counted=known.counted)
+    if kind == INFERENCE_SERVICE:
+        predictor = spec.fields("predictor", expected="a mapping with a model")
+        spec.close(kserve_fields.SPEC)
+        source = read_predictor(predictor, annotations, warnings)
+    else:
+        source = read_mesh_predictor(spec, warnings)
+    if source.wish.runtime and not chooses_runtimes:
+        warnings.append(f"{source.runtime_at}: kept, not acted on")
+    model = _model(name, known, source, about, annotations, labels, now_ms)
+    alias = VModelRecord(
+        name=name,
+        active_model_id=model.model_id,
+        target_model_id=model.model_id,
+        owner=known.owner,
+        manifest=_as_applied(resource),
+        updated_at_ms=now_ms,
+    )
+    return AppliedModel(
+        name, namespace, model, alias, tuple(warnings), source.wish, source.secret_key, uid
+    )
+
+
+def _model(
+    name: str,
+    kind: _Kind,
+    source: ModelSource,
+    about: Annotated,
+    annotations: Mapping[str, str],
+    labels: Mapping[str, str],
+    now_ms: int,
+) -> ModelRecord:
+    identity = identity_of(source, annotations, kind.counted)
+    return ModelRecord(
+        model_id=concrete_model_id(name, kind.owner, identity),
+        model_type=source.wish.model_type,
+        path=source.path,
+        key=source.key,
         size_bytes_stated=about.size_bytes,
-        min_copies=what.min_copies,
+        min_copies=source.min_copies,
         pinned=about.pinned,
         max_concurrency=about.max_concurrency,
-        max_batch_size=_first(about.max_batch_size, what.max_batch_size),
-        max_batch_latency_ms=_first(about.max_batch_latency_ms, what.max_batch_latency_ms),
+        max_batch_size=_first(about.max_batch_size, source.max_batch_size),
+        max_batch_latency_ms=_first(about.max_batch_latency_ms, source.max_batch_latency_ms),
         load_timeout_ms=about.load_timeout_ms,
         idle_unload_ms=about.idle_unload_ms,
         required_labels=about.required_labels,
@@ -236,15 +307,20 @@ def parse_resource(resource: Mapping[str, Any], *, now_ms: int = 0) -> AppliedMo
         labels=labels,
         created_at_ms=now_ms,
     )
-    alias = VModelRecord(
-        name=name,
-        active_model_id=model.model_id,
-        target_model_id=model.model_id,
-        owner=OWNER,
-        manifest=_as_applied(resource),
-        updated_at_ms=now_ms,
-    )
-    return AppliedModel(name, namespace, model, alias, tuple(warnings))
+
+
+def applied_uid(manifest: str) -> str:
+    """The uid that an API server gave to the resource that was applied so; "" when none did."""
+    try:
+        resource = json.loads(manifest)
+        uid = resource["metadata"]["uid"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return uid if isinstance(uid, str) else ""
+
+
+def _first(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one
 
 
 def _check_name(name: object, annotations: Mapping[str, str]) -> str:
@@ -254,25 +330,13 @@ def _check_name(name: object, annotations: Mapping[str, str]) -> str:
     return check_resource_name(name, "metadata.name")
 
 
-@dataclass(frozen=True, slots=True)
-class _Predictor:
-    """What a predictor says. ``identity`` is what the model id's hash is taken of."""
-
-    model_type: str
-    path: str
-    key: str
-    min_copies: int
-    max_batch_size: int | None
-    max_batch_latency_ms: int | None
-    identity: Mapping[str, Any]
-
-
 def _as_applied(resource: Mapping[str, Any]) -> str:
-    """Compact JSON without what the API server wrote."""
+    """Compact JSON without what the API server and kubectl wrote, but with the uid: it tells whose
+    the name is, and all else there changes with each write of a status."""
     kept = {key: value for key, value in resource.items() if key != "status"}
     metadata = kept.get("metadata")
-    if isinstance(metadata, dict) and "managedFields" in metadata:
-        kept["metadata"] = {k: v for k, v in metadata.items() if k != "managedFields"}
+    if isinstance(metadata, dict):
+        kept["metadata"] = _own_metadata(metadata)
     text = json.dumps(kept, separators=(",", ":"), ensure_ascii=False)
     if len(text) > MAX_RESOURCE_CHARS:
         raise InvalidArgument(
@@ -282,117 +346,9 @@ def _as_applied(resource: Mapping[str, Any]) -> str:
     return text
 
 
-# ---- the predictor ----------------------------------------------------------------------------
-
-
-def _read_predictor(
-    predictor: Fields, annotations: Mapping[str, str], warnings: list[str]
-) -> _Predictor:
-    forms = [form for form in ("model", *kserve_fields.FRAMEWORKS) if predictor.has(form)]
-    if len(forms) != 1:
-        expected = f"exactly one of model, {', '.join(kserve_fields.FRAMEWORKS)}"
-        said = " and ".join(forms) or "none of them"
-        if not forms and predictor.has("containers"):
-            said = "only containers, which cannot share a serving pod with other models"
-        raise InvalidArgument(f"{predictor.path}: expected {expected}; found {said}")
-    form = forms[0]
-    implementation = predictor.fields(form)
-    version = ""
-    model_type = form
-    if form == "model":
-        model_format = implementation.fields("modelFormat", expected="a mapping with a name")
-        model_type = model_format.text("name", required="the format's name, for example onnx")
-        version = model_format.text("version")
-        model_format.close()
-    protocol = implementation.text("protocolVersion", choices=kserve_fields.PROTOCOLS)
-    if protocol == "grpc-v1":
-        at = implementation.at("protocolVersion")
-        warnings.append(f"{at}: kept, not acted on: this mesh serves v1 and v2 over REST, v2 gRPC")
-    path, storage = _read_storage(implementation, annotations)
-    implementation.close(kserve_fields.MODEL)
-    minimum = predictor.integer("minReplicas", minimum=0) or 0
-    maximum = predictor.integer("maxReplicas", minimum=0)
-    if maximum is not None:
-        warnings.append(f"{predictor.at('maxReplicas')}: kept, not acted on")
-        if 0 < maximum < minimum:
-            raise wrong(predictor.at("maxReplicas"), f"at least minReplicas ({minimum})", maximum)
-    rows, wait_ms = _read_batcher(predictor)
-    raw = dict(predictor.raw)
-    predictor.close(kserve_fields.COMPONENT | kserve_fields.PREDICTOR)
-    model_type = model_type.lower()
-    key = dict(storage)
-    key["model_type"] = {"name": model_type, **({"version": version} if version else {})}
-    return _Predictor(
-        model_type=model_type,
-        path=path,
-        key=json.dumps(key, sort_keys=True, separators=(",", ":"), ensure_ascii=False),
-        # 1 is Kubernetes' default and says nothing; a model may be in no memory at all.
-        min_copies=minimum if minimum >= 2 else 0,
-        max_batch_size=rows,
-        max_batch_latency_ms=wait_ms,
-        identity=_identity(raw, annotations),
-    )
-
-
-def _read_batcher(predictor: Fields) -> tuple[int | None, int | None]:
-    """(rows, milliseconds). KServe runs an agent with 32 rows and 5 s for who names neither; here
-    rows are joined then as they come, and nobody waits."""
-    batcher = predictor.optional_fields("batcher")
-    if batcher is None:
-        return None, None
-    rows = batcher.integer("maxBatchSize", minimum=0)
-    if rows is not None and rows > BATCH_ROWS_MAX:
-        raise wrong(batcher.at("maxBatchSize"), f"at most {BATCH_ROWS_MAX}", rows)
-    wait_ms = batcher.integer("maxLatency", minimum=0)
-    if wait_ms is not None and wait_ms > BATCH_LATENCY_MAX_MS:
-        raise wrong(batcher.at("maxLatency"), f"at most {BATCH_LATENCY_MAX_MS} ms", wait_ms)
-    batcher.close({"timeout"})
-    return (_KSERVE_ROWS if rows is None else rows), wait_ms
-
-
-def _first(one: int | None, other: int | None) -> int | None:
-    return other if one is None else one
-
-
-def _identity(predictor: Mapping[str, Any], annotations: Mapping[str, str]) -> dict[str, Any]:
-    """What the model is: see the module's docstring."""
-    what = {
-        k: v for k, v in predictor.items() if k not in kserve_fields.COMPONENT and v is not None
-    }
-    chosen = {name: annotations[name] for name in IDENTITY if name in annotations}
-    return {**what, "annotations": chosen} if chosen else what
-
-
-def _read_storage(
-    implementation: Fields, annotations: Mapping[str, str]
-) -> tuple[str, dict[str, Any]]:
-    """(path, the storage's part of ModelMesh's key)"""
-    uri = implementation.text("storageUri")
-    storage = implementation.optional_fields("storage")
-    if (storage is None) == (not uri):
-        said = "neither" if storage is None else "both"
-        raise InvalidArgument(
-            f"{implementation.path}: expected either storageUri or storage (key, path, "
-            f"parameters); found {said}"
-        )
-    key: dict[str, Any] = {}
-    secret_key = annotations.get(KSERVE_PREFIX + "secretKey", "")
-    schema_path = annotations.get(KSERVE_PREFIX + "schemaPath", "")
-    if storage is None:
-        scheme, separator, rest = uri.partition("://")
-        if not (separator and scheme and rest):
-            raise wrong(implementation.at("storageUri"), "a URI such as s3://bucket/path", uri)
-        path = uri
-    else:
-        path = storage.text("path", required="the path of the model inside its storage")
-        secret_key = storage.text("key") or secret_key
-        schema_path = storage.text("schemaPath") or schema_path
-        parameters = storage.text_map("parameters")
-        storage.close()
-        if parameters:
-            key["storage_params"] = parameters
-    if secret_key:
-        key["storage_key"] = secret_key
-    if schema_path:
-        key["schema_path"] = schema_path
-    return path, key
+def _own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in metadata.items() if k == "uid" or k not in kserve_fields.METADATA}
+    annotations = kept.get("annotations")
+    if isinstance(annotations, dict) and _LAST_APPLIED in annotations:
+        kept["annotations"] = {k: v for k, v in annotations.items() if k != _LAST_APPLIED}
+    return kept

@@ -8,7 +8,7 @@ warning.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,8 +38,17 @@ _OURS: Final = frozenset(
         *(REQUIRED_LABELS, PREFERRED_LABELS, REVISION, ANY_NAME),
     }
 )
+# KServe's, for the form of a predictor that has no field for it.
+SERVING_RUNTIME: Final = KSERVE_PREFIX + "servingRuntime"
+DEPLOYMENT_MODE: Final = KSERVE_PREFIX + "deploymentMode"
+MODEL_MESH: Final = "ModelMesh"
 # Annotations that are part of what the model is.
-IDENTITY: Final = (KSERVE_PREFIX + "secretKey", KSERVE_PREFIX + "schemaPath", REVISION)
+IDENTITY: Final = (
+    KSERVE_PREFIX + "secretKey",
+    KSERVE_PREFIX + "schemaPath",
+    SERVING_RUNTIME,
+    REVISION,
+)
 
 # What an instance may call itself (MESH_LABELS, ModelMesh's MM_LABELS): no comma, no blank.
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/=:-]{0,126}[A-Za-z0-9])?")
@@ -66,12 +75,15 @@ class Annotated:
     preferred_labels: tuple[str, ...] = ()
 
 
-def annotated(annotations: Mapping[str, str], warnings: list[str]) -> Annotated:
+def annotated(
+    annotations: Mapping[str, str], warnings: list[str], *, counted: Collection[str] = IDENTITY
+) -> Annotated:
+    """``counted``: KServe's annotations that say something of this kind of resource."""
     for name in sorted(annotations):
         if name.startswith(MESH_PREFIX) and name not in _OURS:
             warnings.append(f"{_path(name)}: unknown annotation, ignored")
-        elif name.startswith(KSERVE_PREFIX) and name not in IDENTITY:
-            if name == KSERVE_PREFIX + "deploymentMode" and annotations[name] == "ModelMesh":
+        elif name.startswith(KSERVE_PREFIX) and name not in counted:
+            if name == DEPLOYMENT_MODE and annotations[name] == MODEL_MESH:
                 continue
             warnings.append(f"{_path(name)}: kept, not acted on")
     return Annotated(

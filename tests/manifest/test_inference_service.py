@@ -9,7 +9,7 @@ import pytest
 
 from mesh.core.types import ModelRecord, VModelRecord
 from mesh.kserve_fields import FRAMEWORKS
-from mesh.manifest import parse_manifests
+from mesh.manifest import parse_manifests, parse_resource
 from tests.manifest.resources import applied, isvc, onnx
 
 MODELMESH_EXAMPLE = """
@@ -255,9 +255,19 @@ def test_what_the_storage_says_goes_before_what_an_annotation_says() -> None:
 
 
 def test_the_resource_is_kept_as_applied_without_what_the_api_server_wrote() -> None:
-    resource = isvc(managedFields=[{"manager": "x"}])
+    annotations = {"a": "b"}
+    resource = isvc(
+        managedFields=[{"manager": "x"}],
+        resourceVersion="12",
+        generation=3,
+        finalizers=["f"],
+        creationTimestamp="2026-01-01T00:00:00Z",
+        annotations={**annotations, "kubectl.kubernetes.io/last-applied-configuration": "{}"},
+        uid="u",
+    )
     resource["status"] = {"url": "http://x"}
-    assert json.loads(applied(resource).alias.manifest) == isvc()
+    expected = isvc(annotations=annotations, uid="u")
+    assert json.loads(applied(resource).alias.manifest) == expected
     assert "status" in resource and "managedFields" in resource["metadata"]  # not ours to change
 
 
@@ -265,3 +275,31 @@ def test_no_maximum_of_replicas_is_written_as_zero() -> None:
     found = applied(isvc({"model": onnx(), "minReplicas": 2, "maxReplicas": 0}))
     assert found.model.min_copies == 2
     assert found.warnings == ("spec.predictor.maxReplicas: kept, not acted on",)
+
+
+@pytest.mark.parametrize(
+    ("predictor", "secret_key"),
+    [
+        pytest.param({"model": onnx()}, "", id="a URI alone"),
+        pytest.param({"onnx": {"storage": {"key": "k", "path": "p"}}}, "k", id="named"),
+        pytest.param({"onnx": {"storage": {"path": "p"}}}, "default", id="not named"),
+        pytest.param(
+            {"onnx": {"storage": {"path": "p", "parameters": {"type": "s3"}}}}, "", id="type"
+        ),
+        pytest.param({"onnx": {"storage": {"path": "s3://b/p"}}}, "", id="a URI as path"),
+    ],
+)
+def test_what_the_storage_secret_must_have(predictor: dict[str, object], secret_key: str) -> None:
+    assert applied(isvc(predictor)).secret_key == secret_key
+
+
+def test_a_runtime_is_named_by_its_field_or_else_by_the_annotation() -> None:
+    annotations = {"serving.kserve.io/servingRuntime": "b"}
+    by_field = applied(isvc({"model": onnx(runtime="a")}, annotations=annotations))
+    by_annotation = applied(isvc(annotations=annotations))
+    assert (by_field.wish.runtime, by_annotation.wish.runtime) == ("a", "b")
+    assert by_annotation.model.model_id != applied(isvc()).model.model_id
+
+
+def test_who_chooses_runtimes_is_not_warned_of_their_names() -> None:
+    assert parse_resource(isvc({"model": onnx(runtime="a")}), chooses_runtimes=True).warnings == ()
