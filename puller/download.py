@@ -1,23 +1,25 @@
 """Fills a staging folder with the objects of a manifest: several ranged reads at once.
 
-Owns the workers of one download. A read that breaks off goes on at the byte where it stopped;
-what was written stays, and is noted in the journal, from which the next download of the same
-artifact goes on. Memory is bounded by chunks times workers, because every chunk is on the disk
-before the next is asked for. A file is checked against its MD5 where its ETag is one (while it
-arrives, see ``puller.md5``), and against ``SHA256SUMS`` where the artifact brings that file. Leaves
-the folder to the caller, also when it fails: with ``LoadFailed``, ``ObjectChangedError``, or an
-``OSError`` of the disk.
+Owns the workers of one download, as many as ``puller.ramp`` says. A read that breaks off goes on
+at the byte where it stopped; what was written stays, and is noted in the journal, from which the
+next download of the same artifact goes on. Memory is bounded by chunks times workers, because every
+chunk is on the disk before the next is asked for. A file is checked against its MD5 where its ETag
+is one (while it arrives, see ``puller.md5``), and against ``SHA256SUMS`` where the artifact brings
+that file. Leaves the folder to the caller, also when it fails: with ``LoadFailed``,
+``ObjectChangedError``, or an ``OSError`` of the disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from mesh.core.errors import Code, LoadFailed
 from puller.blocking import BlockingPool
@@ -33,11 +35,14 @@ from puller.manifest import (
     too_large,
 )
 from puller.md5 import FollowingMd5
+from puller.ramp import LOOK_MS, Ramp
 from puller.rate import RateLimit
 from puller.settings import PullerSettings
 from puller.source import Backoff, ObjectChangedError, RemoteSource, TransientSourceError
 
 logger = logging.getLogger(__name__)
+
+_NOTED_BYTES: Final = 4 << 20  # of a read under way: what a killed process loses of each at most
 
 Report = Callable[[int, int | None], None]
 Cover = Callable[[int], None]  # reserves room for so many bytes in all; blocks
@@ -95,6 +100,7 @@ class Download:
         self._total_bytes = manifest.size_bytes
         self._done_bytes = 0
         self._files: list[_File] = []
+        self._growing: asyncio.Task[None] | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -104,15 +110,24 @@ class Download:
         present = await self._pool.run(self._adopt)
         self._report(self._done_bytes, self._total_bytes)
         parts = self._parts(present)
+        self._ramp = Ramp(self._settings.parallelism, asyncio.get_running_loop().time())
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(self._settings.parallelism):
-                    group.create_task(self._work(parts))
+                group.create_task(self._work(parts))
+                self._growing = group.create_task(self._grow(group, parts))
         except BaseExceptionGroup as errors:
             raise _first_cause(errors) from errors
         finally:
             await self._pool.run(self._close_all)
         await self._pool.run(self._check_sha256sums)
+
+    async def _grow(self, group: asyncio.TaskGroup, parts: Iterator[Part]) -> None:
+        """Ends with the first worker that finds no part left."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(LOOK_MS / 1000)
+            for _ in range(self._ramp.more(loop.time())):
+                group.create_task(self._work(parts))
 
     def _adopt(self) -> dict[str, list[Range]]:
         present = self._journal.read(
@@ -163,10 +178,15 @@ class Download:
             else:
                 await self._read_part(file, start, end)
                 if file.md5 is not None:
-                    await file.md5.follow(self._pool, file.descriptor, (start, end))
+                    with self._busy():
+                        await file.md5.follow(self._pool, file.descriptor, (start, end))
             file.parts_left -= 1
             if file.parts_left == 0:
                 await self._finish(file)
+            if self._ramp.one_less(asyncio.get_running_loop().time()):
+                return
+        if self._growing is not None:
+            self._growing.cancel()
 
     def _open(self, file: _File) -> int:
         if file.present:
@@ -176,7 +196,8 @@ class Download:
 
     async def _read_part(self, file: _File, start: int, end: int) -> None:
         backoff = Backoff(self._settings, self._uri)
-        offset = start
+        offset = noted = start
+        name = file.entry.path
         try:
             while offset < end:
                 try:
@@ -184,19 +205,21 @@ class Download:
                         async for chunk in self._source.read(file.entry.source, offset, end):
                             if len(chunk) > end - offset:
                                 raise TransientSourceError("the store sent more than was asked for")
-                            await self._pool.run(self._write, file, chunk, offset)
+                            await self._keep(file, chunk, offset)
                             offset += len(chunk)
-                            self._done(len(chunk))
                             if chunk:
                                 backoff.progressed()
-                            await self._means.rate.spend(len(chunk))
+                            if offset - noted >= _NOTED_BYTES:
+                                await self._pool.run(self._journal.add, name, noted, offset)
+                                noted = offset
+                            await self._pay(len(chunk))
                     if offset < end:
                         raise TransientSourceError("the store closed the connection early")
                 except TransientSourceError as error:
                     await backoff.failed(error)
         finally:
-            if offset > start:
-                await self._pool.run(self._journal.add, file.entry.path, start, offset)
+            if offset > noted:
+                await self._pool.run(self._journal.add, name, noted, offset)
 
     async def _read_whole(self, file: _File, size_bytes: int | None) -> None:
         """From a server that gives no part alone: every attempt begins anew."""
@@ -214,9 +237,8 @@ class Download:
                             raise too_large(self._uri, offset, most_bytes)
                         if size_bytes is None:
                             await self._pool.run(self._cover, offset)
-                        await self._pool.run(self._write, file, chunk, offset - len(chunk))
-                        self._done(len(chunk))
-                        await self._means.rate.spend(len(chunk))
+                        await self._keep(file, chunk, offset - len(chunk))
+                        await self._pay(len(chunk))
                 if size_bytes is not None and offset < size_bytes:
                     raise TransientSourceError("the server closed the connection early")
                 break
@@ -227,9 +249,24 @@ class Download:
         if file.md5 is not None and file.descriptor is not None:
             await file.md5.follow(self._pool, file.descriptor, (0, offset))
 
-    def _done(self, size_bytes: int) -> None:
-        self._done_bytes += size_bytes
+    async def _keep(self, file: _File, chunk: Chunk, offset: int) -> None:
+        with self._busy():
+            await self._pool.run(self._write, file, chunk, offset)
+        self._done_bytes += len(chunk)
         self._report(self._done_bytes, self._total_bytes)
+
+    async def _pay(self, size_bytes: int) -> None:
+        with self._busy():  # more reads would not make the limit higher
+            await self._means.rate.spend(size_bytes)
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        clock = asyncio.get_running_loop().time
+        began_s = clock()
+        try:
+            yield
+        finally:
+            self._ramp.busy_s += clock() - began_s
 
     def _write(self, file: _File, chunk: Chunk, offset: int) -> None:
         assert file.descriptor is not None
