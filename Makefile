@@ -10,8 +10,9 @@ SHELL := /bin/bash
 VENV := .venv
 # Foreign clients (tritonclient, KServe's) live apart: what they pin is not what we pin.
 CLIENTS := .venv-clients
-# And so does a foreign server that models run in.
+# And so do foreign servers that models run in.
 MLSERVER := .venv-mlserver
+TRITON := .venv-triton
 BIN := $(VENV)/bin
 SAMPLES_DIR := .mesh/samples
 SAMPLES ?= 300
@@ -39,7 +40,7 @@ samples: setup ## make the sample models (.mesh/samples)
 	@$(BIN)/python -m mesh.samples $(SAMPLES_DIR) --count $(SAMPLES) >/dev/null
 
 .PHONY: test
-test: $(VENV)/.dev-installed $(CLIENTS)/.installed $(MLSERVER)/.installed ## all tests, with what they need installed first
+test: $(VENV)/.dev-installed $(CLIENTS)/.installed $(MLSERVER)/.installed $(TRITON)/.installed ## all tests, with what they need installed first
 	@$(BIN)/python -m pytest $(TEST_FLAGS)
 
 .PHONY: test-unit
@@ -62,7 +63,7 @@ bench: $(VENV)/.bench-installed ## the benchmarks, a table each and JSON in benc
 
 .PHONY: clean
 clean: ## remove .venv, .mesh and what tools left
-	rm -rf $(VENV) $(CLIENTS) $(MLSERVER) .mesh .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis \
+	rm -rf $(VENV) $(CLIENTS) $(MLSERVER) $(TRITON) .mesh .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis \
 		build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -117,4 +118,21 @@ $(MLSERVER)/.installed: | $(BIN)/python
 	@$(BIN)/python -m venv $(MLSERVER)
 	@$(MLSERVER)/bin/python -m pip install --quiet --disable-pip-version-check \
 		mlserver mlserver-sklearn
+	@touch $@
+
+# 75 MB: a tritonserver with the Python back end, for x86-64 Linux. Of the package itself nothing is
+# used, so of what it requires only NumPy is taken (with NumPy 2 its answers are empty). The back
+# end's stub must be this Python's.
+$(TRITON)/.installed: | $(BIN)/python
+	@echo "installing Triton into $(TRITON) ..."
+	@rm -rf $(TRITON)
+	@$(BIN)/python -m venv $(TRITON)
+	@if $(TRITON)/bin/python -m pip install -qq --disable-pip-version-check --no-deps \
+		--only-binary :all: nvidia-pytriton==0.7.0 'numpy<2'; then \
+		cd $(TRITON)/lib/python3*/site-packages/pytriton/tritonserver && \
+		cp python_backend_stubs/$$($(abspath $(TRITON))/bin/python -c \
+			'import sys; print("%d.%d" % sys.version_info[:2])')/* backends/python/; \
+	else \
+		echo "there is none for this machine: its tests are skipped"; \
+	fi
 	@touch $@

@@ -289,12 +289,11 @@ class Carrier:
         except RpcError as error:
             found = remote.error(path, error)
             code = int(found.code)
-            if isinstance(found, ModelLost):
-                self._on_lost(servable.model_id)
-                call.fail(found, trailers=NOT_HERE)
-            else:
-                own = error.trailers if found.code == error.code else ()
-                call.fail(found, trailers=_passed_on(own, remote))
+            own = error.trailers if found.code == error.code else ()
+            self._end_stream(servable, call, found, _passed_on(own, remote))
+        except ModelLost as lost:
+            code = int(lost.code)
+            self._end_stream(servable, call, lost, ())
         except MeshError as error:
             code = int(error.code)
             raise
@@ -310,6 +309,14 @@ class Carrier:
                 self._leave(servable)
             else:
                 self._end_use(servable)
+
+    def _end_stream(
+        self, servable: Servable, call: StreamCall, error: MeshError, trailers: Metadata
+    ) -> None:
+        if isinstance(error, ModelLost):
+            self._on_lost(servable.model_id)
+            trailers = NOT_HERE
+        call.fail(error, trailers=trailers)
 
     async def _place(self, servable: Servable) -> None:
         """Return when the stream is one of those that its process takes at once."""

@@ -23,8 +23,8 @@ from mesh.serving_runtime import BuiltInAdapter, ServingRuntime
 from mesh.wire.client import Channel
 
 _LAYOUTS: Final[Mapping[str, type[Layout]]] = {"mlserver": MLServerLayout, "triton": TritonLayout}
-# Where the servers listen with gRPC in KServe's own resources.
-_SERVER_ENDPOINT: Final = "127.0.0.1:8001"
+# Where the servers listen with gRPC in KServe's own resources (ModelMesh's RUNTIME_PORT).
+_SERVER_PORT: Final = "8001"
 
 
 def external_runtimes(
@@ -58,12 +58,13 @@ def external_runtimes(
             f"{', '.join(_LAYOUTS)}, or run {kind} behind its own mmesh.ModelRuntime adapter and "
             "name that by grpcEndpoint"
         )
+    variables = {**(env or {}), **said.env}
     # grpcEndpoint would be the adapter's own; there is none between us and the server.
-    data = data_endpoint or manifest.data_endpoint or endpoint or _SERVER_ENDPOINT
+    data = data_endpoint or manifest.data_endpoint or endpoint
+    data = data or f"127.0.0.1:{variables.get('RUNTIME_PORT') or _SERVER_PORT}"
     if not endpoint:
         port = said.management_port
         endpoint = f"127.0.0.1:{port}" if port else data
-    variables = {**(env or {}), **said.env}
     if manifest.memory_request_bytes and "CONTAINER_MEM_REQ_BYTES" not in variables:
         variables["CONTAINER_MEM_REQ_BYTES"] = str(manifest.memory_request_bytes)
     if said.memory_buffer_bytes is not None:

@@ -91,7 +91,8 @@ def _model_file(artifact: Path, parameters: dict[str, Any]) -> Path:
 
 
 class TritonLayout:
-    """``config.pbtxt`` and a folder or link for each version."""
+    """``config.pbtxt``, a folder of links for each version, and links to what lies beside them
+    (labels, warm-up data). Folders of our own, as Triton's Python writes its byte code there."""
 
     unloads_later = True
 
@@ -104,13 +105,18 @@ class TritonLayout:
         )
         (folder / CONFIG).write_text(f'name: "{name}"\n{config}\n')
         versions = list(_versions(artifact))
-        if versions:
-            for version in versions:
-                (folder / version.name).symlink_to(version)
-            return
-        (folder / "1").mkdir()
-        for link, target in _links(artifact, default_file):
-            (folder / "1" / link).symlink_to(target)
+        for version in versions:
+            (folder / version.name).mkdir()
+            for entry in version.iterdir():
+                (folder / version.name / entry.name).symlink_to(entry)
+        if not versions:
+            (folder / "1").mkdir()
+            for link, target in _links(artifact, default_file):
+                (folder / "1" / link).symlink_to(target)
+        if own.is_file():
+            for entry in artifact.iterdir():
+                if entry not in versions and entry.name != CONFIG:
+                    (folder / entry.name).symlink_to(entry)
 
 
 def _inner(artifact: Path) -> Path:

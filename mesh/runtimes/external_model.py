@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Final
 
 from mesh.core.errors import Code, MeshError, Unavailable, Unimplemented
-from mesh.protobuf_path import FieldPath, splice
+from mesh.protobuf_path import FieldPath, extract, splice
 from mesh.runtimes.api import ModelLost, ModelMetadata
 from mesh.runtimes.external_calls import SERVICE as MANAGEMENT
 from mesh.runtimes.external_status import RuntimeStatus
@@ -43,10 +43,20 @@ OIP_REPLIES: Final[dict[str, FieldPath]] = {
     _OIP + "ModelMetadata": (1,),
     _OIP + "ModelConfig": (1, 1),
 }
-# What servers say of a model that they do not have, with other codes than NOT_FOUND. One that they
-# have, but not in the version asked for, is the client's mistake and no reason to load it again.
-_TRITON_UNKNOWN: Final = re.compile(r"Request for unknown model: '[^']*' (?!version )")
+# What servers say of a model that they do not have: older ones with other codes than NOT_FOUND, and
+# Triton in a stream without any. One that they have, but not in the version asked for, is the
+# client's mistake and no reason to load it again.
+_TRITON_UNKNOWN: Final = re.compile(
+    r"Request for unknown model: '[^']*' (?!version \S+ is not found)"
+)
 _MLSERVER_UNKNOWN: Final = re.compile(r"Model \S+ not found")
+_OTHER_VERSION: Final = re.compile(
+    r"Request for unknown model: '[^']*' version \S+ is not found"
+    r"|Model \S+ with version \S+ not found"
+)
+_STREAM_INFER: Final = _OIP + "ModelStreamInfer"
+# Field 1 of ModelStreamInferResponse, error_message.
+_STREAM_ERROR: Final = b"\x0a"
 
 
 class ExternalModel:
@@ -92,6 +102,10 @@ class ExternalModel:
         return message if at is None else splice(message, at, self._name)
 
     def reply(self, path: str, message: bytes, client_name: str) -> bytes:
+        if path == _STREAM_INFER and message[:1] == _STREAM_ERROR:
+            said = extract(message, (1,)) or ""
+            if _TRITON_UNKNOWN.match(said):
+                raise ModelLost(said)
         at = OIP_REPLIES.get(path)
         if at is None or not client_name:
             return message
@@ -121,7 +135,7 @@ def is_lost(error: RpcError) -> bool:
     """Whether a runtime's own answer says that it does not have the model."""
     match error.code:
         case Code.NOT_FOUND:
-            return True
+            return _OTHER_VERSION.fullmatch(error.message) is None
         case Code.UNAVAILABLE:
             return _TRITON_UNKNOWN.match(error.message) is not None
         case Code.INVALID_ARGUMENT:

@@ -25,6 +25,7 @@ from google.protobuf.message import Message
 
 from mesh.core.errors import Code, InvalidArgument, MeshError
 from mesh.runtimes.external_calls import Loaded, LoadOrder, M, call
+from mesh.runtimes.external_model import is_lost
 from mesh.runtimes.external_status import RuntimeStatus
 from mesh.wire.client import Channel, RpcError
 from protos import oip_pb2 as oip
@@ -34,12 +35,13 @@ _ASK_TIMEOUT_S: Final = 5.0
 # Triton ends an unload behind its answer; so often it is asked whether it has.
 _UNLOAD_POLL_S: Final = 0.1
 _NAME_MAX_CHARS: Final = 200  # a folder's name has 255 at most
-# What ``AdapterSettings.from_environment`` reads: ModelMesh's names.
+# What ``AdapterSettings.from_environment`` and ``external_choice`` read: ModelMesh's names.
 VARIABLES: Final = frozenset(
     [
         "CONTAINER_MEM_REQ_BYTES",
         "MEM_BUFFER_BYTES",
         "ROOT_MODEL_DIR",
+        "RUNTIME_PORT",
         "LOADING_CONCURRENCY",
         "LOADTIME_TIMEOUT",
         "DEFAULT_MODELSIZE",
@@ -148,11 +150,14 @@ class V2Repository:
         return self._channel.address
 
     async def status(self) -> RuntimeStatus | None:
-        """READY once the server is, and holds no model that an earlier pod has left."""
-        ready = await self._call(
-            "ServerReady", oip.ServerReadyRequest(), oip.ServerReadyResponse, _ASK_TIMEOUT_S
+        """READY once the server lives, and holds no model that an earlier pod has left.
+
+        Not ServerReady: Triton is not ready for ever after one model that it could not load.
+        """
+        found = await self._call(
+            "ServerLive", oip.ServerLiveRequest(), oip.ServerLiveResponse, _ASK_TIMEOUT_S
         )
-        if not ready.ready:
+        if not found.live:
             return None
         await self._purge()
         said = self._settings
@@ -174,6 +179,7 @@ class V2Repository:
 
     async def load(self, order: LoadOrder, timeout_s: float) -> Loaded:
         name = server_name(order.model_id)
+        size_bytes = await self._measure(order)
         try:
             await asyncio.to_thread(self._write, self._settings.root / name, name, order)
         except (OSError, MeshError) as error:
@@ -187,10 +193,11 @@ class V2Repository:
             )
         except RpcError as error:
             if error.code in (Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION):
-                # Taken for "nothing was attempted": no unload follows that would tidy up.
-                await asyncio.to_thread(shutil.rmtree, self._settings.root / name, True)
+                # A ModelRuntime says so when it attempted nothing, these servers also half way:
+                # an unload has to follow, which tidies up too.
+                raise RpcError(Code.INTERNAL, error.message) from None
             raise
-        return Loaded(await self._measure(order), self._settings.per_model_concurrency)
+        return Loaded(size_bytes, self._settings.per_model_concurrency)
 
     def _write(self, folder: Path, name: str, order: LoadOrder) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -215,7 +222,7 @@ class V2Repository:
         try:
             await self._unload_and_wait(name, timeout_s)
         except RpcError as error:
-            if error.code is not Code.NOT_FOUND:
+            if not is_lost(error):
                 raise
         await asyncio.to_thread(shutil.rmtree, self._settings.root / name, ignore_errors=True)
 

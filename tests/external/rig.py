@@ -99,8 +99,8 @@ class Pod:
         (folder / "model.json").write_text(json.dumps(document))
 
     async def load(self, name: str, **fields: Any) -> Any:
-        path = f"file://{self.folder}/models/{name}"
-        record = ModelRecord(name, self.model_type, path=path, **fields)
+        fields.setdefault("path", f"file://{self.folder}/models/{name}")
+        record = ModelRecord(name, self.model_type, **fields)
         revision = await self.store.put(registry.key_of(record), registry.encode(record))
         return await self.again(name, revision)
 
