@@ -34,6 +34,7 @@ from mesh.core.errors import (
 from mesh.runtimes import tabular
 from mesh.runtimes.api import Array, ModelMetadata, ModelSpec, Tensor, TensorSpec
 from mesh.runtimes.native_memory import NativeHeap
+from mesh.runtimes.sklearn_direct import answering
 from mesh.runtimes.tabular import column_tensor, feature_matrix, one_line
 
 PLATFORM: Final = "sklearn"
@@ -110,7 +111,7 @@ class SklearnModel:
         self._feature_names = feature_names
         # Bound once: looking up what a pipeline has costs 5 us a call.
         self._methods = {
-            spec.name: (getattr(estimator, methods[spec.name]), spec) for spec in metadata.outputs
+            spec.name: (answering(estimator, methods[spec.name]), spec) for spec in metadata.outputs
         }
         self._default = (metadata.outputs[0].name,)
         self._stated = stated
