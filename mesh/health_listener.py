@@ -1,7 +1,12 @@
-"""An HTTP listener for operators: /metrics, /livez, /readyz. Nothing else."""
+"""An HTTP listener for operators: /metrics, /livez, /readyz, /drained. Nothing else.
+
+/drained answers when the process has drained, or never: a model server beside a serving pod is kept
+by it until the pod's last request has ended (a preStop hook in its container).
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,6 +24,7 @@ class HealthListener:
     def __init__(self, metrics: Rendered, not_ready: Callable[[], str]) -> None:
         self._metrics = metrics
         self._not_ready = not_ready
+        self._drained = asyncio.Event()
         self._runner: web.AppRunner | None = None
 
     async def start(self, host: str, port: int) -> int:
@@ -27,6 +33,7 @@ class HealthListener:
         app.router.add_get("/metrics", self._render)
         app.router.add_get("/livez", self._livez)
         app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/drained", self._answer_drained)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         self._runner = runner
@@ -35,6 +42,8 @@ class HealthListener:
         return bound
 
     async def close(self) -> None:
+        """Whoever waits for /drained is answered first."""
+        self._drained.set()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -48,3 +57,7 @@ class HealthListener:
     async def _readyz(self, _: web.Request) -> web.Response:
         why = self._not_ready()
         return web.Response(text=f"{why or 'ok'}\n", status=503 if why else 200)
+
+    async def _answer_drained(self, _: web.Request) -> web.Response:
+        await self._drained.wait()
+        return web.Response(text="drained\n")

@@ -131,6 +131,8 @@ def read_etcd_secret(data: Mapping[str, bytes], default: EtcdConnection) -> Etcd
         raise InvalidArgument(f"{where}: the secret has no such key") from None
     except ValueError:
         raise InvalidArgument(f"{where}: expected JSON") from None
+    if not isinstance(said, dict):
+        raise wrong(where, "a mapping", said)
     fields = Fields(said, "", [])
     try:
         text = fields.text("endpoints", required="HOST:PORT, or several with commas")

@@ -15,7 +15,7 @@ from typing import Any, Final
 from mesh.core.errors import InvalidArgument
 from mesh.quantity import parse_duration_ms
 from mesh.reconciler.config import ControllerConfig
-from mesh.reconciler.kube_resources import DEPLOYMENTS, Obj, Resource
+from mesh.reconciler.kube_resources import DEPLOYMENTS, SERVICES, Obj, Resource
 from mesh.reconciler.workload_names import HASH, OWNED
 from mesh.reconciler.workload_source import IDLE_AFTER, RuntimeSource
 
@@ -185,15 +185,14 @@ def plan_workloads(desired: Iterable[Obj], observed: Iterable[Obj]) -> tuple[Wor
         for key, one in there.items():
             gone = one["metadata"].get("deletionTimestamp")
             if key[0] == resource.kind and key not in wanted and not gone:
-                metadata = one["metadata"]
-                actions.append(
-                    Remove(resource, metadata["namespace"], metadata["name"], metadata["uid"])
-                )
+                actions.append(_removed(resource, one))
     return tuple(actions)
 
 
 def _write(resource: Resource, one: Obj, there: Obj | None) -> tuple[WorkloadAction, ...]:
     if there is None or _hash(there) != _hash(one):
+        if there is not None and _cannot_become(resource, there, one):
+            return (_removed(resource, there),)  # and made anew once it is seen to be gone
         return (Apply(resource, one),)
     if resource is not DEPLOYMENTS:
         return ()
@@ -202,6 +201,24 @@ def _write(resource: Resource, one: Obj, there: Obj | None) -> tuple[WorkloadAct
         return ()
     metadata = one["metadata"]
     return (Scale(metadata["namespace"], metadata["name"], replicas),)
+
+
+def _removed(resource: Resource, one: Obj) -> Remove:
+    metadata = one["metadata"]
+    return Remove(resource, metadata["namespace"], metadata["name"], metadata["uid"])
+
+
+def _cannot_become(resource: Resource, there: Obj, one: Obj) -> bool:
+    """Whether a field differs that the API server lets nobody change."""
+    if resource is SERVICES:
+        return _is_headless(there) != _is_headless(one)
+    if resource is DEPLOYMENTS:
+        return bool(there["spec"]["selector"] != one["spec"]["selector"])
+    return False
+
+
+def _is_headless(service: Obj) -> bool:
+    return bool(service["spec"].get("clusterIP") == "None")
 
 
 def _key(one: Obj) -> tuple[str, str]:

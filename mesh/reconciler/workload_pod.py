@@ -246,7 +246,9 @@ def runtime_deployment(
         },
     )
     servers = [
-        _server_container(one, {**shared, **_claim_mounts(claims)}, as_us=bool(sockets))
+        _server_container(
+            one, {**shared, **_claim_mounts(claims)}, config.metrics_port, as_us=bool(sockets)
+        )
         for one in others
     ]
     volumes = [
@@ -381,7 +383,11 @@ def _containers(source: RuntimeSource) -> tuple[Mapping[str, Any], list[Mapping[
 
 
 def _server_container(
-    said: Mapping[str, Any], shared: Mapping[str, Mapping[str, Any]], *, as_us: bool
+    said: Mapping[str, Any],
+    shared: Mapping[str, Mapping[str, Any]],
+    metrics_port: int,
+    *,
+    as_us: bool,
 ) -> dict[str, Any]:
     """A container of the runtime. ``as_us``: it makes a socket that our user must write to."""
     container = {**said}
@@ -389,7 +395,7 @@ def _server_container(
     security = {**_SERVER_SECURITY, **({"runAsUser": USER, "runAsGroup": USER} if as_us else {})}
     container["securityContext"] = {**security, **(said.get("securityContext") or {})}
     # Answered when our drain has ended: requests in flight need the server until then.
-    stop = {"preStop": {"httpGet": {"path": "/drained", "port": "metrics"}}}
+    stop = {"preStop": {"httpGet": {"path": "/drained", "port": metrics_port}}}
     container["lifecycle"] = {**stop, **(said.get("lifecycle") or {})}
     return container
 
