@@ -196,15 +196,18 @@ class Catalog:
             updated_at_ms=self._now_ms(),
         )
 
-    async def delete(self, name: str) -> tuple[bool, tuple[str, ...]]:
+    async def delete(self, name: str, *, owner: str | None = None) -> tuple[bool, tuple[str, ...]]:
         """Delete an alias with its own models, or a directly registered model.
 
         Returns whether the name existed, and the ids of the models that went. Models that another
-        alias names, and models that were registered by themselves, stay when an alias goes.
+        alias names, and models that were registered by themselves, stay when an alias goes. With
+        ``owner`` nothing goes but an alias of that owner.
         """
         alias_key = registry.vmodel_key(name)
         for _ in range(MAX_TRIES):
             alias = await self.alias(name)
+            if owner is not None and (alias.record is None or alias.record.owner != owner):
+                return False, ()
             if alias.record is None:
                 existed = await self.unregister(name)
                 return existed, ((name,) if existed else ())
@@ -335,6 +338,22 @@ def _merged(known: ModelRecord | None, wanted: ModelRecord) -> ModelRecord:
     if known is None:
         return wanted
     return replace(known, **{name: getattr(wanted, name) for name in _SCALING})
+
+
+def is_applied(
+    applied: AppliedModel, alias: VModelRecord | None, model: ModelRecord | None
+) -> bool:
+    """Whether ``apply`` would find these records as they should be, and write nothing.
+
+    ``model`` is the alias's target."""
+    return (
+        alias is not None
+        and model is not None
+        and alias.owner == applied.alias.owner
+        and alias.target_model_id == applied.alias.target_model_id
+        and alias.manifest == applied.alias.manifest
+        and _merged(model, applied.model) == model
+    )
 
 
 def contended(name: str) -> Unavailable:

@@ -65,11 +65,6 @@ class NotChosen:
     message: str
 
 
-def runtime_label(name: str) -> str:
-    """The label of the instances of that runtime."""
-    return f"rt:{name}"
-
-
 def choose_runtime(wish: RuntimeWish, offers: Collection[RuntimeOffer]) -> Chosen | NotChosen:
     """``offers``: the cluster's runtimes and those of the model's own namespace."""
     visible = _visible(offers)
