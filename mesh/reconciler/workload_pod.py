@@ -21,6 +21,8 @@ from mesh.quantity import parse_quantity
 from mesh.reconciler.config import ControllerConfig
 from mesh.reconciler.kube_resources import CONFIG_MAPS, DEPLOYMENTS, Obj
 from mesh.reconciler.workload_names import (
+    MANAGED_BY,
+    MANAGER,
     new_object,
     runtime_labels,
     selector_of,
@@ -188,7 +190,8 @@ def pod_template(
             "prometheus.io/scheme": "http",
             "prometheus.io/scrape": "true",
         }
-    metadata = {"labels": {**config.pod_labels, **labels}, "annotations": annotations}
+    labels = {**config.pod_labels, **labels, MANAGED_BY: MANAGER}
+    metadata = {"labels": labels, "annotations": annotations}
     return {"metadata": metadata, "spec": dict(spec)}
 
 
@@ -346,7 +349,14 @@ def _load_slots(source: RuntimeSource) -> tuple[dict[str, Any], ...]:
 
 
 def _adapter_env(source: RuntimeSource) -> list[Mapping[str, Any]]:
-    return _list(source.spec.get("builtInAdapter") or {}, "env", at="spec.builtInAdapter")
+    adapter = source.runtime.adapter
+    if adapter is None:
+        return []
+    # Where ModelMesh's own runtimes have these servers look for models.
+    folder = f"{MODELS_DIR}/_{adapter.server_type}_models"
+    return [value("MODEL_REPOSITORY", folder)] + _list(
+        source.spec.get("builtInAdapter") or {}, "env", at="spec.builtInAdapter"
+    )
 
 
 def _capacity_bytes(resources: Mapping[str, Any]) -> int:

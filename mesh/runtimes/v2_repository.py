@@ -35,11 +35,13 @@ _ASK_TIMEOUT_S: Final = 5.0
 # Triton ends an unload behind its answer; so often it is asked whether it has.
 _UNLOAD_POLL_S: Final = 0.1
 _NAME_MAX_CHARS: Final = 200  # a folder's name has 255 at most
-# What ``AdapterSettings.from_environment`` and ``external_choice`` read: ModelMesh's names.
+# What ``AdapterSettings.from_environment`` and ``external_choice`` read: ModelMesh's names, and
+# MODEL_REPOSITORY, the server's repository where it is not ROOT_MODEL_DIR/_repository.
 VARIABLES: Final = frozenset(
     [
         "CONTAINER_MEM_REQ_BYTES",
         "MEM_BUFFER_BYTES",
+        "MODEL_REPOSITORY",
         "ROOT_MODEL_DIR",
         "RUNTIME_PORT",
         "LOADING_CONCURRENCY",
@@ -78,8 +80,9 @@ class AdapterSettings:
                     f"CONTAINER_MEM_REQ_BYTES ({memory}) leaves nothing for models: "
                     f"MEM_BUFFER_BYTES is {buffer}"
                 )
+        folder = env.get("MODEL_REPOSITORY")
         return cls(
-            root=Path(env.get("ROOT_MODEL_DIR") or "/models") / "_repository",
+            root=Path(folder or f"{env.get('ROOT_MODEL_DIR') or '/models'}/_repository"),
             capacity_bytes=capacity_bytes,
             loading_concurrency=number.whole("LOADING_CONCURRENCY", 1, least=1),
             loading_timeout_ms=number.whole("LOADTIME_TIMEOUT", 30_000, least=100),

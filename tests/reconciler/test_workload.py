@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +21,11 @@ from mesh.reconciler.workload import (
     service_name,
     workload_name,
 )
-from mesh.reconciler.workload_names import HASH
+from mesh.reconciler.workload_names import HASH, MANAGED_BY, MANAGER
 from mesh.reconciler.workload_pod import DRAIN_NOTICE_MS, DRAIN_TIMEOUT_MS
 from mesh.reconciler.workload_source import ADAPTED
 from mesh.runtimes import external_choice
+from mesh.runtimes.v2_repository import AdapterSettings
 from mesh.serving_runtime import parse_serving_runtime
 from tests.deploy.accepting import check_accepted, check_schema, has_schema
 from tests.kube_server import KubeServer
@@ -114,7 +116,9 @@ def test_names_and_selector_are_modelmeshs() -> None:
         "modelmesh-service": "modelmesh-serving",
         "name": "modelmesh-serving-triton-2.x",
     }
-    assert selector.items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert selector.items() <= labels.items()
+    assert labels[MANAGED_BY] == MANAGER  # how the controller finds its pods
 
 
 def test_names_of_services_fit_and_differ() -> None:
@@ -262,8 +266,16 @@ def test_variables_of_the_adapter() -> None:
     )
     said = env(container(pod(of)))
     assert said["LOADTIME_TIMEOUT"] == "9"
+    assert said["MODEL_REPOSITORY"] == "/models/_triton_models"
     assert said["X"] == secret["valueFrom"]
     assert said["MESH_LOAD_SLOTS"] == said["LOADING_CONCURRENCY"] == "3"
+
+
+def test_an_adapter_writes_where_the_server_looks() -> None:
+    said = env(container(pod(source(builtInAdapter={"serverType": "mlserver"}))))
+    adapter = AdapterSettings.from_environment(said, capacity_bytes=1 << 30)
+    assert adapter.root == Path("/models/_mlserver_models")
+    assert AdapterSettings.from_environment({}, capacity_bytes=1 << 30) == AdapterSettings()
 
 
 def test_the_servers_that_have_an_adapter() -> None:
