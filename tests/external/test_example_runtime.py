@@ -69,6 +69,7 @@ async def test_rest_reaches_a_runtime_that_speaks_grpc_only(tmp_path: Path) -> N
         with pytest.raises(grpc.aio.AioRpcError) as caught:  # as the runtime itself says
             await pod.rest("r", "v2-infer", {"inputs": [tensor]}, alias="line")
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details() == "3 numbers are no rows of 2"
 
 
 async def test_a_stream_is_carried_both_ways(tmp_path: Path) -> None:
@@ -127,11 +128,15 @@ async def test_what_a_restarted_runtime_has_lost_is_loaded_anew(tmp_path: Path) 
         pod.write("m", weights=[4.0])
         await pod.load("m")
         await runtime.kill()
+        await until(lambda: pod.runtimes._data.peer.usable() is None)
         await runtime.start()
         with pytest.raises(grpc.aio.AioRpcError) as lost:
             await pod.infer("m", 1.0)
-            await pod.infer("m", 1.0)  # the first may have gone down with the connection
         assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "model 'm' is not loaded" in (lost.value.details() or "")
+        assert ("mesh-error", "not-here") in [
+            tuple(pair) for pair in lost.value.trailing_metadata()
+        ]
         await until(lambda: "m" not in pod.instance.pod.servables)
         assert (await pod.again("m")).outcome is LoadOutcome.LOADED
         assert answer(await pod.infer("m", 2.0)) == [8.0]
@@ -150,7 +155,8 @@ async def test_while_the_runtime_is_away_requests_are_told_to_go_elsewhere(tmp_p
         assert ("mesh-error", "not-here") in [
             tuple(pair) for pair in away.value.trailing_metadata()
         ]
-        assert pod.runtimes.pending_unloads in ((), ("m",))
+        await until(lambda: pod.runtimes.pending_unloads == ("m",))
+        assert "m" not in pod.instance.pod.servables
         await runtime.start()
         await until(lambda: pod.runtimes.pending_unloads == ())
         assert (await pod.again("m")).outcome is LoadOutcome.LOADED

@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import joblib
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ async def pod(tmp_path: Path) -> AsyncIterator[Pod]:
     )
     runtimes = external_runtimes(
         parse_serving_runtime(manifest(grpc_port)),
-        env={"ROOT_MODEL_DIR": str(root)},
+        env={"ROOT_MODEL_DIR": str(root), "LIMIT_PER_MODEL_CONCURRENCY": "3"},
         times=QUICK,
     )
     assert runtimes is not None
@@ -104,6 +105,7 @@ async def test_a_joblib_model_answers_under_the_clients_name_and_leaves_nothing_
     assert loaded.outcome is LoadOutcome.LOADED, loaded
     on_disk = (folder / "iris.joblib").stat().st_size
     assert loaded.size_bytes == round(1.25 * on_disk)
+    assert pod.instance.pod.servables["iris__isvc-1"].max_concurrency == 3
 
     message = oip.ModelInferRequest(model_name="iris", id="7")
     tensor = message.inputs.add(name="predict", datatype="FP64", shape=list(rows.shape))
@@ -119,6 +121,13 @@ async def test_a_joblib_model_answers_under_the_clients_name_and_leaves_nothing_
     )
     assert oip.ModelMetadataResponse.FromString(raw).name == "iris"
 
+    message.model_version = "9"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await pod.call(OIP + "ModelInfer", message, "iris__isvc-1", alias="iris")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert caught.value.details() == "Model iris__isvc-1 with version 9 not found"
+    assert "iris__isvc-1" in pod.instance.pod.servables  # the client's mistake: it is not lost
+
     assert await pod.instance.pod.unload("iris__isvc-1", "test")
     assert list((tmp_path / "served" / "_repository").iterdir()) == []
 
@@ -129,6 +138,7 @@ async def test_what_mlserver_cannot_load_fails_with_its_words(pod: Pod, tmp_path
     (folder / "model.joblib").write_bytes(b"no pickle")
     failed = await pod.load("broken")
     assert failed.outcome is LoadOutcome.FAILED
-    assert "did not load model 'broken'" in failed.message
+    # What pickle says of the first byte, the n of "no pickle".
+    assert failed.message.endswith(f"did not load model 'broken' (INTERNAL): {ord('n')}")
     assert pod.instance.pod.cache.used_bytes == 0
     assert list((tmp_path / "served" / "_repository").iterdir()) == []
