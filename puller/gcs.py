@@ -1,6 +1,7 @@
 """Google Cloud Storage: a location → a store of ``obstore``'s. Blocks (reads credential files).
 
-A service account's key signs each token itself, so ``token_uri`` of KServe's entries is not asked.
+A service account's key signs each token itself, so ``token_uri`` of KServe's entries is not asked
+(and is refused where it is not Google's, see ``puller.resolve_stores``).
 """
 
 from __future__ import annotations

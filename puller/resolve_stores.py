@@ -39,6 +39,10 @@ _AZURE_HOST: Final = re.compile(
     r"/([^?#]*)",
     re.IGNORECASE,
 )
+# As Google writes it into the keys that it gives out, now and in former years.
+_GOOGLE_TOKENS: Final = re.compile(
+    r"https://(?:[a-z0-9-]+\.)?googleapis\.com/[\w/.-]*|https://accounts\.google\.com/o/oauth2/token"
+)
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _HEADERS_MAX: Final = 64
@@ -125,6 +129,13 @@ def gcs_location(
     )
     if bool(credentials.client_email) != bool(credentials.private_key):
         raise LoadFailed(f"{entry.shown} has only one of client_email and private_key")
+    token_uri = entry.text("token_uri")
+    if token_uri and not _GOOGLE_TOKENS.fullmatch(token_uri):
+        raise LoadFailed(
+            f"token_uri of {entry.shown} is not Google's (https://oauth2.googleapis.com/token): "
+            "tokens are signed here by the key and no other address is ever asked for one; leave "
+            "it out where the endpoint takes such tokens"
+        )
     endpoint = entry.endpoint("endpoint_url")
     certificate = entry.text("certificate")
     return GcsLocation(bucket, prefix, endpoint, credentials, entry.shown, certificate)

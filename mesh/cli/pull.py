@@ -1,16 +1,20 @@
 """`mesh pull URI DIR`: an artifact into a folder, for an init container or a script.
 
 Everything is pulled, checked and unpacked in a work folder first; then it appears in DIR in one
-step where DIR can be renamed over. A mount point cannot: there the work folder is inside and what
-it holds moves out entry by entry, and what was not finished is taken away by the next run. DIR then
-has a small hidden file that says what is in it, so that an init container that runs again has
-nothing to do. A work folder stays behind when the store went away; the next run goes on from it.
+step: a rename, or an exchange of both folders where there is one already. A mount point takes
+neither: there the work folder is inside and what it holds moves out entry by entry, and what was
+not finished is taken away by the next run. DIR then has a small hidden file, put there last and
+taken away first, that says what is in it, so that an init container that runs again has nothing to
+do. A work folder stays behind when the store went away or the process was killed, and the next run
+goes on from it; Ctrl-C leaves none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import shutil
@@ -42,6 +46,9 @@ if TYPE_CHECKING:
 
 RECORD: Final = ".mesh-pull.json"
 WORK: Final = ".mesh-pull"  # in a mount point; else ".NAME.mesh-pull" beside the folder
+
+_AT_FDCWD: Final = -100  # of Linux's renameat2, as is the next
+_EXCHANGE: Final = 2
 
 
 def pull(
@@ -78,6 +85,7 @@ def pull(
     set_up_logging(log_level)
     key = _key(storage_key, storage_param or ())
     target = Target.of(directory)
+    target.recover()
     settings = PullerSettings(
         cache_dir=target.work,
         cache_capacity_bytes=1 << 62,  # the disk is the bound
@@ -97,6 +105,9 @@ def pull(
         raise CommandError(error.message + kept, code) from None
     except OSError as error:
         raise CommandError(f"{directory}: {error.strerror or error}") from None
+    except KeyboardInterrupt:
+        target.forget_partial()
+        raise
     finally:
         target.tidy()
     out(f"{done}\n")
@@ -160,16 +171,25 @@ class Target:
         if self.inside:
             self._move_in(content)
             return
-        if self.directory.is_dir():
-            aside = self.work / "replaced"
-            self.directory.rename(aside)
+        if not self.directory.is_dir():
+            content.rename(self.directory)
+        elif not exchange(content, self.directory):
+            # For a moment there is no folder; whoever is killed then leaves that to ``recover``.
+            self.directory.rename(self._replaced)
             try:
                 content.rename(self.directory)
             except OSError:
-                aside.rename(self.directory)
+                self._replaced.rename(self.directory)
                 raise
-        else:
-            content.rename(self.directory)
+
+    @property
+    def _replaced(self) -> Path:
+        return self.work / "replaced"
+
+    def recover(self) -> None:
+        """Put back what a run that was killed had taken out and not replaced."""
+        if self._replaced.is_dir() and not self.directory.exists():
+            self._replaced.rename(self.directory)
 
     def _move_in(self, content: Path) -> None:
         (self.work / "moving").touch()  # until all is moved, what is there is nobody's
@@ -185,6 +205,7 @@ class Target:
         (self.work / "moving").unlink()
 
     def _clear(self) -> None:
+        (self.directory / RECORD).unlink(missing_ok=True)  # first: it says that all is there
         for path in self.directory.iterdir():
             if path.name == WORK:
                 continue
@@ -196,14 +217,33 @@ class Target:
     def tidy(self) -> None:
         """Leave the work folder only if a broken-off download is in it."""
         if (self.work / "moving").exists():
-            self._clear()
+            if not self.record():  # with it the move was over
+                self._clear()
             (self.work / "moving").unlink()
         if not self.has_partial():
             shutil.rmtree(self.work, ignore_errors=True)
 
+    def forget_partial(self) -> None:
+        shutil.rmtree(self.work / "partial", ignore_errors=True)
+
     def has_partial(self) -> bool:
         partial = self.work / "partial"
         return partial.is_dir() and any(partial.iterdir())
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Two folders of one file system change places in one step; False where that cannot be."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library without it
+        return False
+    at_cwd = ctypes.c_int(_AT_FDCWD)
+    if rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), ctypes.c_uint(_EXCHANGE)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # this file system has none
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 async def _pull(request: ArtifactRequest, target: Target, settings: PullerSettings) -> str:
