@@ -4,14 +4,43 @@
 version that the server no longer has (Expired) means a fresh list, which tells what came, changed
 and went meanwhile. While the server is away, or says no, the store stays as it was, ``error`` says
 why, and it is tried again after a backoff. Callbacks tell keys, never contents: level-triggered.
+
+An idle watch is a silent connection without a timer of ours. What it does not notice by itself is
+a server whose etcd was put back to an earlier day: there, versions that were seen are still to
+come, and a watch from them is silent. Hence the look at the present version after an outage.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import random
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import aclosing
+from typing import Final, Protocol
 
-from mesh.reconciler.kube import ApiError, Key, Kube, Obj, Resource
+from mesh.reconciler.kube import (
+    ApiAway,
+    ApiError,
+    ApiExpired,
+    Key,
+    Kube,
+    Listing,
+    Obj,
+    Resource,
+    WatchEvent,
+    key_of,
+)
+from mesh.reconciler.work_queue import backoff_ms
+
+logger = logging.getLogger(__name__)
+
+_BASE_MS: Final = 200
+# client-go waits up to 30 s. One watch per kind and namespace is a light load on a server that
+# came back, and people look at it then.
+_LONGEST_MS: Final = 8_000
+# A watch that the server ends sooner and empty is a failure, or it would be a loop without a pause.
+_SHORTEST_WATCH_S: Final = 1.0
 
 
 class OnChange(Protocol):
@@ -37,22 +66,151 @@ class Informer:
         field_selector: str = "",
         keep: Callable[[Obj], Obj] | None = None,
     ) -> None:
+        self.resource = resource
+        self.namespace = namespace
         self.store: dict[Key, Obj] = {}
         self.error: ApiError | None = None  # why it is behind, until it no longer is
         self.lists_total = 0
         self.watches_total = 0
+        self._kube = kube
+        self._on_change = on_change
+        self._label_selector = label_selector
+        self._field_selector = field_selector
+        self._keep = keep
+        self._version: str | None = None  # what ``store`` is as of; None: list first
+        self._synced = asyncio.Event()
+        self._failures = 0  # in a row
+        self._opened_s: float | None = None  # the present watch, by the loop's clock
 
     @property
     def synced(self) -> bool:
         """The store has been complete once; what is missing in it does not exist."""
-        raise NotImplementedError
+        return self._synced.is_set()
 
     async def wait_synced(self) -> None:
-        raise NotImplementedError
+        await self._synced.wait()
 
     def get(self, namespace: str, name: str) -> Obj | None:
         return self.store.get((namespace, name))
 
     async def run(self) -> None:
         """Until cancelled."""
-        raise NotImplementedError
+        while True:
+            asked_s = 0.0
+            try:
+                await self._check_version()
+                if self._version is None:
+                    await self._list()
+                await self._watch()
+            except ApiError as error:
+                if isinstance(error, ApiExpired):
+                    self._version = None
+                if isinstance(error, ApiAway):
+                    asked_s = error.retry_after_s
+                self._failures += 1
+                self._note(error)
+            if self._failures:
+                delay_ms = backoff_ms(self._failures, random.random(), _BASE_MS, _LONGEST_MS)
+                await asyncio.sleep(max(delay_ms / 1_000, asked_s))
+
+    async def _check_version(self) -> None:
+        """After an outage: is the server still past what was seen of it?"""
+        if self._version is None or not isinstance(self.error, ApiAway):
+            return
+        now = await self._kube.newest_version(self.resource, self.namespace)
+        if now.isdigit() and self._version.isdigit() and int(now) < int(self._version):
+            logger.warning(
+                "%s: the API server went back from version %s to %s: listing again",
+                self.resource, self._version, now,
+            )  # fmt: skip
+            self._version = None
+
+    async def _list(self) -> None:
+        listing = await self._kube.list(
+            self.resource,
+            self.namespace,
+            label_selector=self._label_selector,
+            field_selector=self._field_selector,
+            keep=self._reduce,
+        )
+        self.lists_total += 1
+        changed = self._take_all(listing)
+        self._synced.set()
+        for key in changed:
+            self._tell(key)
+
+    async def _watch(self) -> None:
+        assert self._version is not None
+        self._opened_s = None
+        events = self._kube.watch(
+            self.resource,
+            self.namespace,
+            resource_version=self._version,
+            label_selector=self._label_selector,
+            field_selector=self._field_selector,
+            on_open=self._opened,
+        )
+        async with aclosing(events):
+            try:
+                async for event in events:
+                    self._failures = 0
+                    self._take(event)
+            finally:
+                if self._lasted():
+                    self._failures = 0
+        if not self._lasted():
+            self._failures += 1
+
+    def _lasted(self) -> bool:
+        now_s = asyncio.get_running_loop().time()
+        return self._opened_s is not None and now_s - self._opened_s >= _SHORTEST_WATCH_S
+
+    def _opened(self) -> None:
+        self._opened_s = asyncio.get_running_loop().time()
+        self.watches_total += 1
+        if self.error is not None:
+            logger.info("%s: in step with the API server again", self.resource)
+        self.error = None
+
+    def _take_all(self, listing: Listing) -> list[Key]:
+        fresh = {key_of(obj): obj for obj in listing.items}
+        gone = [key for key in self.store if key not in fresh]
+        changed = [
+            key for key, obj in fresh.items() if _version(self.store.get(key)) != _version(obj)
+        ]
+        for key in gone:
+            del self.store[key]
+        for key in changed:
+            self.store[key] = fresh[key]
+        self._version = listing.resource_version
+        return gone + changed
+
+    def _take(self, event: WatchEvent) -> None:
+        self._version = event.resource_version
+        if event.type == "BOOKMARK":
+            return
+        key = key_of(event.object)
+        if event.type == "DELETED":
+            self.store.pop(key, None)
+        else:
+            self.store[key] = self._reduce(event.object)
+        self._tell(key)
+
+    def _reduce(self, obj: Obj) -> Obj:
+        # Often more than the rest of the object; a PUT without it leaves the server's as it is.
+        obj["metadata"].pop("managedFields", None)
+        return self._keep(obj) if self._keep is not None else obj
+
+    def _tell(self, key: Key) -> None:
+        if self._on_change is not None:
+            self._on_change(self.resource, *key)
+
+    def _note(self, error: ApiError) -> None:
+        """Says each thing once, not at each try."""
+        if not isinstance(error, ApiExpired) and str(self.error) != str(error):
+            logger.warning("%s", error)
+        self.error = error
+
+
+def _version(obj: Obj | None) -> object:
+    return None if obj is None else (obj["metadata"].get("uid"), obj["metadata"]["resourceVersion"])

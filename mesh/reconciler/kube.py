@@ -164,6 +164,13 @@ class Kube:
         except ApiExpired:
             return await self._list(resource, namespace, selectors, 0, keep)
 
+    async def newest_version(self, resource: Resource, namespace: str | None = None) -> str:
+        """The resourceVersion of a list now, without the list."""
+        page = await self._wire.call(
+            "GET", Request("list", resource, namespace), query={"limit": "1"}
+        )
+        return str(page["metadata"]["resourceVersion"])
+
     async def create(self, resource: Resource, obj: Obj) -> Obj:
         """Raises ApiExists, ApiInvalid, ApiForbidden."""
         namespace = obj["metadata"].get("namespace")
@@ -171,9 +178,13 @@ class Kube:
         request = Request("create", resource, namespace, name)
         return await self._wire.call("POST", request, body=obj, path=resource.path(namespace))
 
-    async def replace(self, resource: Resource, obj: Obj) -> Obj:
-        """PUT; compares ``metadata.resourceVersion`` where it is given. Raises ApiConflict."""
-        return await self._wire.call("PUT", _about("update", resource, obj), body=obj)
+    async def replace(self, resource: Resource, obj: Obj, *, urgent: bool = False) -> Obj:
+        """PUT; compares ``metadata.resourceVersion`` where it is given. Raises ApiConflict.
+
+        An urgent one does not queue behind ``writes_in_flight`` others.
+        """
+        request = _about("update", resource, obj)
+        return await self._wire.call("PUT", request, body=obj, urgent=urgent)
 
     async def replace_status(self, resource: Resource, obj: Obj) -> Obj:
         """PUT of the subresource: all but ``status`` is left alone. Raises ApiConflict."""

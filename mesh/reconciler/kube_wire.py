@@ -97,11 +97,14 @@ class Wire:
         query: dict[str, str] | None = None,
         body: Obj | None = None,
         content_type: str = JSON,
+        urgent: bool = False,
     ) -> Obj:
-        """One JSON answer. A write waits for its turn first; the time-out starts afterwards."""
+        """One JSON answer. A write waits for its turn first, unless it is urgent; the time-out
+        starts afterwards."""
         path = path or request.resource.path(request.namespace, request.name, request.subresource)
         data = orjson.dumps(body) if body is not None else None
-        gate = self._writes if request.verb in WRITES else contextlib.nullcontext()
+        queues = request.verb in WRITES and not urgent
+        gate = self._writes if queues else contextlib.nullcontext()
         async with gate:
             with self._as_api_errors(request):
                 async with asyncio.timeout(self._limits.call_timeout_s) as limit:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from mesh.reconciler.kube_errors import ApiAway
+from mesh.reconciler.kube_errors import ApiAway, ApiError
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,12 @@ LONGEST_MS: Final = 60_000
 _LEAST_OF_DELAY: Final = 0.5
 
 
-def backoff_ms(failures: int, draw: float, base_ms: int = BASE_MS) -> int:
+def backoff_ms(
+    failures: int, draw: float, base_ms: int = BASE_MS, longest_ms: int = LONGEST_MS
+) -> int:
     """Before try ``failures`` + 1 (``failures`` from 1); ``draw`` from 0 to 1."""
     doubled = base_ms << min(failures - 1, 30)
-    longest = min(doubled, LONGEST_MS)
+    longest = min(doubled, longest_ms)
     return max(1, round(longest * (_LEAST_OF_DELAY + (1 - _LEAST_OF_DELAY) * draw)))
 
 
@@ -222,8 +224,6 @@ class WorkQueue(Generic[K]):
 
 def _log_failure(name: str, key: object, error: Exception, delay_ms: int) -> None:
     # What the API server refuses explains itself; anything else is a defect and shows where.
-    from mesh.reconciler.kube_errors import ApiError
-
     known = isinstance(error, ApiError)
     logger.warning(
         "%s: %s failed, again in %.1f s: %s",
