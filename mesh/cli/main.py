@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mesh.cli import live_settings, pull, servers
+from mesh.cli import controller, live_settings, pull, servers
 from mesh.cli.exits import HELP as EXIT_CODES
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.formats import DetailFormat, ListFormat
@@ -75,7 +75,7 @@ def root(
         str, typer.Option(metavar="NAME", help="The name that the router's certificate is for.")
     ] = "",
 ) -> None:
-    if ctx.invoked_subcommand in (*servers.COMMANDS, "pull", "version"):
+    if ctx.invoked_subcommand in (*servers.COMMANDS, "controller", "pull", "version"):
         return
     from mesh.cli.connection import Target
 
@@ -249,6 +249,7 @@ def version() -> None:
 
 live_settings.add_to(app)
 servers.add_to(app)
+controller.add_to(app)
 pull.add_to(app)
 
 
