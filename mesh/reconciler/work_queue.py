@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
+from mesh.core.errors import MeshError
 from mesh.reconciler.kube_errors import ApiAway, ApiError
 
 logger = logging.getLogger(__name__)
@@ -224,7 +225,7 @@ class WorkQueue(Generic[K]):
 
 def _log_failure(name: str, key: object, error: Exception, delay_ms: int) -> None:
     # What the API server refuses explains itself; anything else is a defect and shows where.
-    known = isinstance(error, ApiError)
+    known = isinstance(error, ApiError | MeshError)
     logger.warning(
         "%s: %s failed, again in %.1f s: %s",
         name,
