@@ -359,7 +359,7 @@ def _inference_service_status(
             "grpcUrl": endpoints.grpc,
             "restUrl": endpoints.rest,
             "latestCreatedRevision": standing.target_model_id,
-            **({"latestReadyRevision": standing.active_model_id} if standing.ready else {}),
+            **(_traffic(standing) if standing.ready else {}),
         }
     if components:
         status["components"] = components
@@ -367,6 +367,16 @@ def _inference_service_status(
         name = "clusterServingRuntimeName" if chosen.cluster else "servingRuntimeName"
         status[name] = chosen.name
     return status
+
+
+def _traffic(standing: Standing) -> Obj:
+    """All of it goes to the model that answers: what `kubectl get` shows as Latest and Prev."""
+    active = standing.active_model_id
+    latest = active == standing.target_model_id
+    share: Obj = {"revisionName": active, "percent": 100, "latestRevision": latest}
+    if not latest:
+        share["tag"] = "prev"
+    return {"latestReadyRevision": active, "traffic": [share]}
 
 
 def _conditions(
