@@ -383,5 +383,5 @@ def crd_documents(folder: Path = CRDS) -> list[dict[str, Any]]:
         document
         for path in sorted(folder.glob("*.yaml"))
         for document in yaml.safe_load_all(path.read_text())
-        if document and document["kind"] == "CustomResourceDefinition"
+        if document and document.get("kind") == "CustomResourceDefinition"
     ]
