@@ -95,6 +95,28 @@ async def test_a_key_that_is_none_is_told(open_puller: OpenPuller, tmp_path: Pat
     assert "SECRET" not in f"{caught.value!r} {caught.value.__cause__!r}"
 
 
+@pytest.mark.parametrize(
+    "token_uri",
+    [
+        "http://oauth2.googleapis.com/token",
+        "https://oauth2.googleapis.com.evil.test/token",
+        "https://oauth2.googleapis.com@evil.test/token",
+        "http://169.254.169.254/latest",
+        "https://evil.test/?https://oauth2.googleapis.com/token",
+    ],
+)
+async def test_tokens_of_another_address_are_refused_and_nobody_is_asked(
+    open_puller: OpenPuller, tmp_path: Path, account: rsa.RSAPrivateKey, token_uri: str
+) -> None:
+    server = GoogleServer("bucket-1", OBJECTS, key=account.public_key(), email=EMAIL)
+    async with server.serving() as endpoint:
+        config = storage(tmp_path / "secret", endpoint, account, token_uri=token_uri)
+        with pytest.raises(LoadFailed, match="token_uri of storage key 'google'") as caught:
+            await open_puller(storage_config_dir=config).fetch(request("gs://bucket-1/m", KEY))
+    assert caught.value.code is Code.FAILED_PRECONDITION
+    assert server.requests == 0
+
+
 async def test_a_public_bucket_needs_no_key(open_puller: OpenPuller) -> None:
     async with GoogleServer("bucket-1", OBJECTS).serving() as endpoint:
         puller = open_puller(store_env={"STORAGE_EMULATOR_HOST": endpoint})

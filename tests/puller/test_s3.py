@@ -208,6 +208,28 @@ async def test_a_changed_object_is_noticed_by_its_etag(
     assert artifact.path.read_bytes() == new
 
 
+async def test_a_bucket_that_disappears_half_way_and_comes_back(
+    open_puller: OpenPuller, s3: Any, bucket: str, moto_env: Env, cache_dir: Path
+) -> None:
+    data = content(100_000)
+    s3.put_object(Bucket=bucket, Key="m", Body=data)
+
+    def progress(done_bytes: int, _: int | None) -> None:
+        if done_bytes == 50_000:
+            s3.delete_object(Bucket=bucket, Key="m")
+            s3.delete_bucket(Bucket=bucket)
+
+    puller = open_puller(store_env=moto_env, parallelism=1)
+    with pytest.raises(LoadFailed, match=f"there is no bucket '{bucket}'") as caught:
+        await puller.fetch(request(f"s3://{bucket}/m"), progress)
+    assert caught.value.code is Code.FAILED_PRECONDITION
+    assert leftovers(cache_dir) == entries(cache_dir) == []
+    s3.create_bucket(Bucket=bucket)
+    s3.put_object(Bucket=bucket, Key="m", Body=data)
+    artifact = await puller.fetch(request(f"s3://{bucket}/m"))
+    assert artifact.path.read_bytes() == data
+
+
 async def test_every_read_names_its_version(
     open_puller: OpenPuller, s3: Any, bucket: str, moto_endpoint: str
 ) -> None:
