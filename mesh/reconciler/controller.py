@@ -137,21 +137,30 @@ class Controller:
             for informer in self._watched.values():
                 parts.create_task(informer.run())
             parts.create_task(self.events.run())
-            await asyncio.gather(*(one.wait_synced() for one in self._watched.values()))
+            await asyncio.gather(*(one.wait_settled() for one in self._watched.values()))
             self._read_config()
             self._open_meshes()
             log.info("%d namespaces, %d services", len(self.meshes), self._service_count())
             parts.create_task(self.queue.run())
             parts.create_task(self._watch_meshes())
+            for informer in self._watched.values():
+                if not informer.synced:
+                    parts.create_task(self._come_late(informer))
 
     async def close(self) -> None:
         for namespace in list(self.meshes):
             await self._close_mesh(namespace)
 
+    async def _come_late(self, informer: Informer) -> None:
+        """What was refused at the start is to be had now: everything may look different."""
+        await informer.wait_synced()
+        log.info("%s can be read now", informer.resource)
+        self._all_changed()
+
     def not_ready(self) -> str:
         """Why this process is not ready; "" when it is, leading or not."""
         for resource, informer in self._watched.items():
-            if not informer.synced:
+            if not informer.known:
                 error = f": {informer.error}" if informer.error is not None else ""
                 return f"{resource.plural} are not read yet{error}"
         away = [namespace for namespace, mesh in self.meshes.items() if not mesh.synced]
@@ -163,6 +172,14 @@ class Controller:
             self._all_changed()
 
     # ---- what is known (the ports of Services and Spaces) ---------------------------------------
+
+    def known(self, *kinds: Resource) -> bool:
+        """Whether what is missing of these kinds does not exist."""
+        return all(self._watched[kind].known for kind in kinds)
+
+    def writable(self, kind: Resource) -> bool:
+        """Whether the server has this kind of owned object, and lets it be watched."""
+        return kind in self._watched and self._watched[kind].synced
 
     def resource(self, kind: Resource, namespace: str, name: str) -> Obj | None:
         return self._watched[kind].get(namespace, name)

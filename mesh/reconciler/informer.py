@@ -23,6 +23,8 @@ from mesh.reconciler.kube import (
     ApiAway,
     ApiError,
     ApiExpired,
+    ApiForbidden,
+    ApiNotFound,
     Key,
     Kube,
     Listing,
@@ -39,6 +41,8 @@ _BASE_MS: Final = 200
 # client-go waits up to 30 s. One watch per kind and namespace is a light load on a server that
 # came back, and people look at it then.
 _LONGEST_MS: Final = 8_000
+# A kind that the server does not have may come with its CRD or an upgrade.
+_ABSENT_S: Final = 30.0
 # A watch that the server ends sooner and empty is a failure, or it would be a loop without a pause.
 _SHORTEST_WATCH_S: Final = 1.0
 
@@ -79,6 +83,7 @@ class Informer:
         self._keep = keep
         self._version: str | None = None  # what ``store`` is as of; None: list first
         self._synced = asyncio.Event()
+        self._settled = asyncio.Event()
         self._failures = 0  # in a row
         self._opened_s: float | None = None  # the present watch, by the loop's clock
 
@@ -89,6 +94,20 @@ class Informer:
 
     async def wait_synced(self) -> None:
         await self._synced.wait()
+
+    @property
+    def absent(self) -> bool:
+        """The server has no such kind (an older version, a CRD that is not installed)."""
+        return not self.synced and isinstance(self.error, ApiNotFound)
+
+    @property
+    def known(self) -> bool:
+        """What is missing in the store does not exist, be it that the kind does not."""
+        return self.synced or self.absent
+
+    async def wait_settled(self) -> None:
+        """Until it is synced, or the server has refused: then others may go on without it."""
+        await self._settled.wait()
 
     def get(self, namespace: str, name: str) -> Obj | None:
         return self.store.get((namespace, name))
@@ -109,7 +128,11 @@ class Informer:
                     asked_s = error.retry_after_s
                 self._failures += 1
                 self._note(error)
-            if self._failures:
+                if isinstance(error, ApiForbidden | ApiNotFound):
+                    self._settled.set()
+            if self.absent:
+                await asyncio.sleep(_ABSENT_S)
+            elif self._failures:
                 delay_ms = backoff_ms(self._failures, random.random(), _BASE_MS, _LONGEST_MS)
                 await asyncio.sleep(max(delay_ms / 1_000, asked_s))
 
@@ -136,6 +159,7 @@ class Informer:
         self.lists_total += 1
         changed = self._take_all(listing)
         self._synced.set()
+        self._settled.set()
         for key in changed:
             self._tell(key)
 

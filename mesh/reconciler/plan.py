@@ -110,15 +110,17 @@ Action = AddFinalizer | RemoveFinalizer | Register | Unregister | WriteStatus | 
 
 @dataclass(frozen=True, slots=True)
 class StorageSecret:
-    """The namespace's storage secret. ``keys``: None where there is no such secret."""
+    """The namespace's storage secret. ``keys``: None where there is no such secret; not
+    ``readable``: nobody knows, and nothing is said of it."""
 
     name: str
     namespace: str
     keys: frozenset[str] | None = None
+    readable: bool = True
 
     def fault(self, key: str) -> str:
         """What it lacks for a model that needs ``key``; "" for nothing."""
-        if not key or (self.keys is not None and key in self.keys):
+        if not key or not self.readable or (self.keys is not None and key in self.keys):
             return ""
         where = f"storage secret {self.name!r} of namespace {self.namespace!r}"
         if self.keys is None:

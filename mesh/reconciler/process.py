@@ -65,9 +65,9 @@ async def _run(settings: ControllerSettings, kube: Kube, stop: asyncio.Event) ->
         now_ms=wall_clock_ms,
     )
     if settings.leader_elect:
-        election = LeaseElection(
-            kube, kube.namespace, LEASE, identity, on_change=controller.leading_changed
-        )
+        # Beside the pods that it is about: where a Role for one namespace reaches.
+        space = settings.namespace or kube.namespace
+        election = LeaseElection(kube, space, LEASE, identity, on_change=controller.leading_changed)
     health = HealthListener(metrics, controller.not_ready)
     try:
         if settings.metrics_port is not None:

@@ -20,7 +20,13 @@ from mesh.manifest import OWNER_OF, applied_uid
 from mesh.reconciler.config import ControllerConfig
 from mesh.reconciler.events import EventRecorder
 from mesh.reconciler.kube import ApiNotFound, Kube, Obj, Resource
-from mesh.reconciler.kube_resources import INFERENCE_SERVICES, PREDICTORS
+from mesh.reconciler.kube_resources import (
+    CLUSTER_SERVING_RUNTIMES,
+    INFERENCE_SERVICES,
+    PREDICTORS,
+    SECRETS,
+    SERVING_RUNTIMES,
+)
 from mesh.reconciler.meshes import Mesh
 from mesh.reconciler.plan import (
     FINALIZER,
@@ -46,10 +52,17 @@ logger = logging.getLogger(__name__)
 
 # Plans of one turn: finalizer and registration, status, and room for somebody else's change.
 _PLANS_MAX: Final = 6
+# While runtimes cannot be read, which their informers complain of.
+_BLIND_S: Final = 5.0
+
+SERVICE_KINDS: Final = (INFERENCE_SERVICES, PREDICTORS)
 
 
 class Cluster(Protocol):
     """What is known of the cluster: the informers' stores, read."""
+
+    def known(self, *kinds: Resource) -> bool:
+        """Whether what is missing of these kinds does not exist."""
 
     def resource(self, kind: Resource, namespace: str, name: str) -> Obj | None: ...
 
@@ -85,6 +98,8 @@ class Services:
         self, mesh: Mesh, config: ControllerConfig, kind: Resource, namespace: str, name: str
     ) -> Again | None:
         """One turn of one name. Raises ApiError, Unavailable."""
+        if not self._cluster.known(SERVING_RUNTIMES, CLUSTER_SERVING_RUNTIMES):
+            return Again(_BLIND_S)  # it would look as if there were no runtime for it
         resource = self._cluster.resource(kind, namespace, name)
         if resource is None:
             if not is_ours(mesh, kind, name):
@@ -100,7 +115,7 @@ class Services:
 
     def orphans(self, mesh: Mesh | None, config: ControllerConfig) -> set[str]:
         """Names that are registered for resources which are not there."""
-        if mesh is None or not mesh.synced:
+        if mesh is None or not mesh.synced or not self._cluster.known(*SERVICE_KINDS):
             return set()
         found = plan_orphans(
             self._cluster.resources(mesh.namespace),
@@ -130,7 +145,9 @@ class Services:
                 rest_port=config.rest_port,
                 tls=bool(config.tls_secret),
             ),
-            secret=StorageSecret(config.storage_secret, namespace, keys),
+            secret=StorageSecret(
+                config.storage_secret, namespace, keys, readable=self._cluster.known(SECRETS)
+            ),
             now_ms=now_ms,
             offers=[_offer(one) for one in self._cluster.runtimes(namespace)],
             registry_reachable=mesh.synced and mesh.reachable,
@@ -246,6 +263,3 @@ def is_ours(mesh: Mesh | None, kind: Resource, name: str) -> bool:
 def _offer(source: RuntimeSource) -> RuntimeOffer:
     created_at = source.resource["metadata"].get("creationTimestamp", "")
     return RuntimeOffer(source.runtime, cluster=source.is_cluster_wide, created_at=created_at)
-
-
-SERVICE_KINDS: Final = (INFERENCE_SERVICES, PREDICTORS)

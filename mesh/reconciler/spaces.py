@@ -20,7 +20,7 @@ from mesh.core.types import CopyState, ModelRecord
 from mesh.core.view import ClusterView
 from mesh.reconciler.config import ControllerConfig
 from mesh.reconciler.events import EventRecorder
-from mesh.reconciler.kube import ApiError, Kube, Obj
+from mesh.reconciler.kube import ApiError, Kube, Obj, Resource
 from mesh.reconciler.kube_resources import DEPLOYMENTS
 from mesh.reconciler.meshes import Mesh
 from mesh.reconciler.plan_runtime import (
@@ -34,7 +34,7 @@ from mesh.reconciler.plan_runtime import (
     plan_workloads,
 )
 from mesh.reconciler.work_queue import Again
-from mesh.reconciler.workload import claims_of, refusal, runtime_objects, workload_name
+from mesh.reconciler.workload import OWNED, claims_of, refusal, runtime_objects, workload_name
 from mesh.reconciler.workload_router import router_objects
 from mesh.reconciler.workload_source import RuntimeSource
 from mesh.serving_runtime import runtime_label
@@ -49,6 +49,9 @@ class Cluster(Protocol):
 
     def runtimes(self, namespace: str) -> list[RuntimeSource]:
         """Those that the namespace's models may use, its own before the cluster's."""
+
+    def writable(self, kind: Resource) -> bool:
+        """Whether the server has this kind of owned object, and lets it be watched."""
 
     def owned(self, namespace: str) -> list[Obj]:
         """Objects that this controller has made in the namespace."""
@@ -118,6 +121,8 @@ class Spaces:
                 self._warn(namespace, source, "InvalidRuntime", error.message)
                 # What runs of it goes on running: nothing of it is "not desired any more".
                 desired += _of(observed, source, config)
+        refused = {kind.kind for kind in OWNED if not self._cluster.writable(kind)}
+        desired = [one for one in desired if one["kind"] not in refused]
         await self._offer(mesh, sources)
         await self._carry_out(plan_workloads(desired, observed), sources)
         await self._meet(mesh, sources)
