@@ -155,13 +155,22 @@ ServingRuntimeOption = Annotated[
         help="A KServe ServingRuntime: the formats that are served, and the runtime behind it.",
     ),
 ]
+AdapterOption = Annotated[
+    str,
+    typer.Option(
+        "--adapter",
+        envvar=variable("ADAPTER"),
+        metavar="mlserver|triton",
+        help="Serve models in such a server beside the pod, by its repository API.",
+    ),
+]
 RuntimeEndpointOption = Annotated[
     str,
     typer.Option(
         "--runtime-endpoint",
         envvar=variable("RUNTIME_ENDPOINT"),
         metavar="unix:/PATH|HOST:PORT",
-        help="An external runtime's mmesh.ModelRuntime, if not where its ServingRuntime says.",
+        help="An external runtime, if it is not where its ServingRuntime says.",
     ),
 ]
 RuntimeDataEndpointOption = Annotated[

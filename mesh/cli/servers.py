@@ -15,6 +15,7 @@ import typer
 
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.server_options import (
+    AdapterOption,
     AllowPickleOption,
     AllowPythonOption,
     CacheSizeOption,
@@ -319,6 +320,7 @@ def instance(
     model_threads: ModelThreadsOption = 1,
     device: DeviceOption = "cpu",
     serving_runtime: ServingRuntimeOption = None,
+    adapter: AdapterOption = "",
     runtime_endpoint: RuntimeEndpointOption = "",
     runtime_data_endpoint: RuntimeDataEndpointOption = "",
     storage_config: StorageConfigOption = None,
@@ -390,6 +392,7 @@ def instance(
             ),
             worker_memory_bytes=worker_memory or 0,
             serving_runtime=serving_runtime,
+            adapter=adapter,
             runtime_endpoint=runtime_endpoint,
             runtime_data_endpoint=runtime_data_endpoint,
             adapter_env={k: v for k, v in os.environ.items() if k in VARIABLES},

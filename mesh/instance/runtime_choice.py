@@ -18,7 +18,7 @@ from mesh.instance.loader import Runtimes
 from mesh.instance.settings import InstanceSettings
 from mesh.manifest import load_documents
 from mesh.runtimes.external import ExternalRuntimes
-from mesh.runtimes.external_choice import external_runtimes
+from mesh.runtimes.external_choice import adapted, external_runtimes
 from mesh.runtimes.isolated import IsolatedRuntime, IsolationLimits
 from mesh.runtimes.registry import SOURCES, RuntimeRegistry
 from mesh.serving_runtime import ServingRuntime, parse_serving_runtime, runtime_label
@@ -42,10 +42,14 @@ async def choose_runtimes(settings: InstanceSettings) -> Chosen:
         resource = await asyncio.to_thread(_read, settings.serving_runtime)
         labels = dict.fromkeys((*settings.labels, runtime_label(resource.name)))
         settings = replace(settings, labels=tuple(labels))
+    elif settings.adapter:
+        resource = adapted(settings.adapter)
+    if resource is not None:
         external = external_runtimes(
             resource,
             endpoint=settings.runtime_endpoint,
             data_endpoint=settings.runtime_data_endpoint,
+            adapter=settings.adapter,
             capacity_bytes=settings.capacity_bytes,
             env=settings.adapter_env,
         )
@@ -54,7 +58,7 @@ async def choose_runtimes(settings: InstanceSettings) -> Chosen:
     elif settings.runtime_endpoint:
         raise InvalidArgument(
             "--runtime-endpoint needs --serving-runtime FILE, whose supportedModelFormats tell "
-            "what the runtime serves"
+            "what the runtime serves, or --adapter"
         )
     return _in_pod(settings, resource)
 

@@ -31,6 +31,7 @@ class InstanceSettings:
     worker_memory_bytes: int = 0  # of an isolated model's process; 0: as capacity_bytes
     # A KServe ServingRuntime: which formats, and the external runtime that serves them, if any.
     serving_runtime: Path | None = None
+    adapter: str = ""  # mlserver or triton, where no resource says it or another counts
     runtime_endpoint: str = ""  # of an external runtime, where its resource does not say
     runtime_data_endpoint: str = ""
     # ModelMesh's variables of adapters (CONTAINER_MEM_REQ_BYTES, ROOT_MODEL_DIR ...).

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Final
 
 from mesh.core.errors import InvalidArgument
+from mesh.formats import DETECTED
 from mesh.runtimes.external import (
     ExternalRuntimes,
     ExternalTimes,
@@ -19,12 +20,22 @@ from mesh.runtimes.external import (
 )
 from mesh.runtimes.external_layouts import MLServerLayout, TritonLayout
 from mesh.runtimes.v2_repository import AdapterSettings, Layout, V2Repository, server_name
-from mesh.serving_runtime import BuiltInAdapter, ServingRuntime
+from mesh.serving_runtime import BuiltInAdapter, ModelFormat, ServingRuntime
 from mesh.wire.client import Channel
 
 _LAYOUTS: Final[Mapping[str, type[Layout]]] = {"mlserver": MLServerLayout, "triton": TritonLayout}
 # Where the servers listen with gRPC in KServe's own resources (ModelMesh's RUNTIME_PORT).
 _SERVER_PORT: Final = "8001"
+
+
+def adapted(adapter: str) -> ServingRuntime:
+    """What stands for a ServingRuntime where the operator names only the adapter. Raises
+    InvalidArgument."""
+    layout = _LAYOUTS.get(adapter)
+    if layout is None:
+        raise InvalidArgument(f"--adapter: expected {' or '.join(_LAYOUTS)}; found {adapter!r:.60}")
+    formats = tuple(ModelFormat(name) for name in (*layout().formats, *DETECTED))
+    return ServingRuntime(adapter, formats, adapter=BuiltInAdapter(adapter))
 
 
 def external_runtimes(

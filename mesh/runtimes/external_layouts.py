@@ -44,6 +44,7 @@ class MLServerLayout:
     """``model-settings.json`` with the artifact's absolute path."""
 
     unloads_later = False
+    formats = tuple(_IMPLEMENTATIONS)
 
     def write(self, folder: Path, name: str, order: LoadOrder) -> None:
         artifact = order.path
@@ -95,6 +96,7 @@ class TritonLayout:
     (labels, warm-up data). Folders of our own, as Triton's Python writes its byte code there."""
 
     unloads_later = True
+    formats = tuple(_BACKENDS)
 
     def write(self, folder: Path, name: str, order: LoadOrder) -> None:
         artifact = _inner(order.path)

@@ -123,10 +123,14 @@ class _Numbers:
 
 class Layout(Protocol):
     """How one kind of server wants a model's folder. ``unloads_later``: it answers an unload before
-    the model is gone."""
+    the model is gone. ``formats``: those that it has a way for; with others a model's own settings
+    or configuration must tell."""
 
     @property
     def unloads_later(self) -> bool: ...
+
+    @property
+    def formats(self) -> tuple[str, ...]: ...
 
     def write(self, folder: Path, name: str, order: LoadOrder) -> None:
         """Fill the empty ``folder``. Raises InvalidArgument, OSError."""

@@ -78,6 +78,7 @@ class Pod:
             drain_notice_ms=0,
             metrics_port=None,
         )
+        self.channel: grpc.aio.Channel | None = None
         self.instance = Instance(settings, self.store, Puller(settings.puller), runtimes)
 
     async def start(self) -> None:
@@ -88,7 +89,8 @@ class Pod:
         self.channel = grpc.aio.insecure_channel(self.instance.address)
 
     async def close(self) -> None:
-        await self.channel.close()
+        if self.channel is not None:
+            await self.channel.close()
         await self.instance.close()
         await self.runtimes.close()
         await self.store.close()

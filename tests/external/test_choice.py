@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 
 from mesh.core.errors import InvalidArgument
+from mesh.instance.runtime_choice import choose_runtimes
+from mesh.instance.settings import InstanceSettings
 from mesh.runtimes import external
 from mesh.runtimes.external import ExternalRuntimes
 from mesh.runtimes.external_calls import ModelRuntimeClient
-from mesh.runtimes.external_choice import external_runtimes
+from mesh.runtimes.external_choice import adapted, external_runtimes
 from mesh.runtimes.external_layouts import MLServerLayout, TritonLayout
 from mesh.runtimes.v2_repository import AdapterSettings, V2Repository
 from mesh.serving_runtime import ServingRuntime, parse_serving_runtime
+from puller.settings import PullerSettings
 
 
 def manifest(**spec: Any) -> ServingRuntime:
@@ -142,6 +145,31 @@ def test_a_manifests_fields_count_over_its_variables_and_these_over_the_pods() -
     assert found.capacity_bytes == 900
     assert (found.loading_timeout_ms, found.loading_concurrency) == (90_000, 3)
     assert found.default_model_size_bytes == 9
+
+
+@pytest.mark.parametrize(
+    ("kind", "formats"), [("mlserver", {"sklearn", "xgboost"}), ("triton", {"onnx", "python"})]
+)
+def test_an_adapter_is_enough_to_say(kind: str, formats: set[str]) -> None:
+    found = external_runtimes(adapted(kind), endpoint="h:1")
+    assert found is not None and isinstance(found._management, V2Repository)
+    assert formats | {"auto", "triton", "mlserver"} <= set(found.model_types)
+    assert found._management.address == found._data.address == "h:1"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"adapter": "ovms"}, "--adapter: expected mlserver or triton; found 'ovms'"),
+        ({"runtime_endpoint": "h:1"}, "--runtime-endpoint needs --serving-runtime FILE"),
+    ],
+)
+async def test_what_does_not_say_which_runtime_is_refused(
+    tmp_path: Path, said: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidArgument) as wrong:
+        await choose_runtimes(InstanceSettings(PullerSettings(cache_dir=tmp_path), **said))
+    assert wrong.value.message.startswith(words)
 
 
 # ---- the variables ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""MLServer, unmodified, behind an instance: a scikit-learn model of joblib."""
+"""MLServer, unmodified, behind an instance (``--adapter mlserver``): a model of joblib."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 
 from mesh.instance.answers import LoadOutcome
-from mesh.runtimes.external_choice import external_runtimes
-from mesh.serving_runtime import parse_serving_runtime
+from mesh.runtimes.external_choice import adapted, external_runtimes
 from protos import oip_pb2 as oip
 from tests.external.rig import OIP, QUICK, ROOT, WAIT_S, Pod
 
@@ -36,20 +35,6 @@ def free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
-
-
-def manifest(port: int) -> dict[str, object]:
-    return {
-        "apiVersion": "serving.kserve.io/v1alpha1",
-        "kind": "ServingRuntime",
-        "metadata": {"name": "mlserver"},
-        "spec": {
-            "supportedModelFormats": [{"name": "sklearn"}, {"name": "joblib"}],
-            "multiModel": True,
-            "grpcDataEndpoint": f"port:{port}",
-            "builtInAdapter": {"serverType": "mlserver", "memBufferBytes": 0},
-        },
-    }
 
 
 @pytest.fixture
@@ -75,7 +60,8 @@ async def pod(tmp_path: Path) -> AsyncIterator[Pod]:
         str(PYTHON), "start", str(root), stdout=log, stderr=log, cwd=tmp_path, env=dict(os.environ)
     )
     runtimes = external_runtimes(
-        parse_serving_runtime(manifest(grpc_port)),
+        adapted("mlserver"),
+        endpoint=f"127.0.0.1:{grpc_port}",
         env={"ROOT_MODEL_DIR": str(root), "LIMIT_PER_MODEL_CONCURRENCY": "3"},
         times=QUICK,
     )

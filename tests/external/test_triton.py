@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 
 from mesh.instance.answers import LoadOutcome
+from mesh.instance.runtime_choice import choose_runtimes
+from mesh.instance.settings import InstanceSettings
 from mesh.runtimes.external_choice import external_runtimes
 from mesh.serving_runtime import parse_serving_runtime
 from protos import oip_pb2 as oip
+from puller.settings import PullerSettings
 from tests.etcd_server import free_port
 from tests.external.rig import OIP, QUICK, ROOT, WAIT_S, Pod
 from tests.instance.fakes import until
@@ -209,6 +212,21 @@ async def test_a_model_answers_under_the_clients_name_and_leaves_nothing_behind(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await on_triton(triton, "ModelInfer", request("twice__isvc-1", 1.0, 2.5))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_an_operator_need_only_name_the_adapter(triton: Triton, tmp_path: Path) -> None:
+    settings = InstanceSettings(
+        PullerSettings(cache_dir=tmp_path),
+        adapter="triton",
+        runtime_endpoint=f"127.0.0.1:{triton.port}",
+        adapter_env={"ROOT_MODEL_DIR": str(triton.root), "LOADING_CONCURRENCY": "3"},
+    )
+    chosen = await choose_runtimes(settings)
+    try:
+        assert chosen.settings.policy.load_slots == 3
+        assert "python" in chosen.runtimes.model_types
+    finally:
+        await chosen.closable.close()
 
 
 async def test_a_bare_file_and_a_name_with_odd_characters(pod: Pod, triton: Triton) -> None:
