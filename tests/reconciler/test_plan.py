@@ -297,6 +297,13 @@ def test_one_that_is_ours_no_more_is_let_go_and_left_alone() -> None:
     assert world.plan(ISVC, "n") == ()
 
 
+def test_one_that_is_ours_no_more_is_unregistered_though_its_finalizer_was_taken_off() -> None:
+    world = served()
+    world.force_off(ISVC, "n")
+    world.apply(marked("Standard"))
+    assert kinds(world.plan(ISVC, "n")) == ["Unregister", "WriteStatus"]
+
+
 def test_orphans_are_what_an_api_servers_resource_left_behind() -> None:
     world = served()
     world.register(parse_resource(isvc("by-hand")))

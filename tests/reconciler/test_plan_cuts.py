@@ -155,6 +155,7 @@ def check(world: World) -> None:
             wanted = parse_resource(resource).model.model_id
             assert world.alias(name).target_model_id == wanted
             assert world.alias(name).owner == OWNER_OF[kind]
+            assert applied_uid(world.alias(name).manifest) == resource["metadata"]["uid"]
 
 
 NAMES = st.sampled_from(["a", "b"])
