@@ -1,8 +1,9 @@
 """ModelMesh's DataplaneApiConfig: which methods clients may call, and where each names its model.
 
 ``{"rpcConfigs": {"pkg.Service/Method": {"idExtractionPath": [1], "vModelId": true}},
-"allowOtherRpcs": false}``. ``vModelId`` changes nothing here: a name means an alias or a model,
-whichever there is.
+"allowOtherRpcs": false}``. With ``vModelId`` what the message names is a vmodel (an alias, such as
+an InferenceService's name), and NOT_FOUND where there is none; without, it is an alias or a model,
+whichever there is, the alias first.
 
 Read at the start, where a wrong file is InvalidArgument with the field's path, and again whenever
 the file has changed; then a wrong one is logged and what was read last stays.
@@ -36,19 +37,21 @@ def parse_dataplane_config(text: bytes) -> Rpcs:
     top = Fields(document, "", warnings)
     methods = top.optional_fields("rpcConfigs")
     paths: dict[str, tuple[int, ...] | None] = {}
+    vmodels: set[str] = set()
     for name in methods.raw if methods is not None else ():
         assert methods is not None
         if name.strip("/").count("/") != 1:
             raise wrong(methods.at(name), 'a method as "package.Service/Method"', name)
         one = methods.fields(name)
-        _flag(one, "vModelId")
+        if _flag(one, "vModelId"):
+            vmodels.add("/" + name.strip("/"))
         numbers = one.take("idExtractionPath")
         if numbers is not None and not isinstance(numbers, list):
             raise wrong(one.at("idExtractionPath"), "a list of field numbers", numbers)
         where = one.at("idExtractionPath")
         paths["/" + name.strip("/")] = field_path(numbers, where) if numbers else None
         one.close()
-    found = Rpcs(paths, _flag(top, "allowOtherRpcs"))
+    found = Rpcs(paths, frozenset(vmodels), _flag(top, "allowOtherRpcs"))
     top.close()
     for warning in warnings:
         log.warning("dataplane config: %s", warning)

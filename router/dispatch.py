@@ -25,7 +25,14 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
-from mesh.core.errors import Code, InvalidArgument, MeshError, ResourceExhausted, Unavailable
+from mesh.core.errors import (
+    Code,
+    InvalidArgument,
+    MeshError,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from mesh.core.policy import Policy
 from mesh.core.retry_budget import RetryBudget
 from mesh.core.view import ClusterView
@@ -136,6 +143,25 @@ class Dispatcher:
         copy.inflight += 1
         call.context = copy
         call.forward(copy.upstream, entry.model_id_field)
+
+    def check_vmodel(self, name: str, known: Callable[[MeshError | None], None]) -> None:
+        """Whether the name is a vmodel's and not only a model's own."""
+        view = self._view
+
+        def read(error: MeshError | None) -> None:
+            if name not in view.vmodels and (error is None or isinstance(error, NotFound)):
+                text = f"vmodel not found: {name[:200]!r}"
+                if name in view.models:
+                    text += " is a model's own id; say vModelId: false of this method to take it"
+                error = NotFound(text)
+            if error is not None:
+                self._metrics.counter("errors", "unknown_model")
+            known(error)
+
+        if name in view.vmodels or name in view.models:
+            read(None)
+        else:
+            self._names.look_up(name, read)
 
     def failed(self, call: Call, upstream: Upstream, failure: Failure) -> None:
         """An attempt ended before a byte of the reply was passed on: elsewhere, or the end."""

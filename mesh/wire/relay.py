@@ -12,6 +12,7 @@ pressure: what one side does not take is not credited to the other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +48,11 @@ class Dispatcher(Protocol):
 
     def route(self, call: RelayCall) -> None:
         """The model's name is known. Now or later call ``forward`` or ``fail`` once."""
+        ...
+
+    def check_vmodel(self, name: str, known: Callable[[MeshError | None], None]) -> None:
+        """Call ``known``, now or later, with None when there is a vmodel of that name, else with
+        the error. Asked before ``route``, for methods whose messages are said to name one."""
         ...
 
     def failed(self, call: RelayCall, upstream: Upstream, failure: Failure) -> None:

@@ -201,8 +201,11 @@ class RelayCall(Stream):
         self._peeking = False
         self.model_name = name
         self.peeked_whole = whole
+        self._route()
+
+    def _route(self) -> None:
         self._routed = True
-        relay.dispatcher.route(self)
+        self._relay.dispatcher.route(self)
 
     def _end_unrouted(self, error: MeshError) -> None:
         self._peeking = False

@@ -11,20 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh import registry
 from mesh.core.errors import InvalidArgument
+from mesh.core.types import VModelRecord
 from mesh.protobuf_path import extract, splice
+from mesh.store.api import Put
 from mesh.wire.messages import prefix
 from mesh.wire.peek import peek_at_path
 from protos import oip_pb2 as oip
 from router.dataplane import Dataplane, parse_dataplane_config
-from tests.router.mesh_rig import OIP, infer_request, mesh
+from tests.instance.fakes import until
+from tests.router.mesh_rig import OIP, MeshRig, infer_request, mesh
 
 INFER = OIP + "ModelInfer"
 
 
-def config(**fields: Any) -> str:
+def config(*, vmodel: bool = False, **fields: Any) -> str:
     return orjson.dumps(
-        {"rpcConfigs": {INFER[1:]: {"idExtractionPath": [3], "vModelId": True}}, **fields}
+        {"rpcConfigs": {INFER[1:]: {"idExtractionPath": [3], "vModelId": vmodel}}, **fields}
     ).decode()
 
 
@@ -39,6 +43,43 @@ async def test_the_model_is_named_where_the_config_says(tmp_path: Path) -> None:
         await rig.register("m")
         reply = await rig.call(INFER, by_id("m"), oip.ModelInferResponse)
         assert (reply.model_name, rig.loads_of("m")) == ("named otherwise", 1)
+
+
+def alias(rig: MeshRig, name: str, model_id: str) -> None:
+    record = VModelRecord(name, model_id, model_id)
+    rig.server.apply([Put(registry.key_of(record), registry.encode(record))])
+
+
+async def test_a_name_that_is_said_to_be_a_vmodels_is_no_models_own(tmp_path: Path) -> None:
+    async with mesh(tmp_path, dataplane_config=config(vmodel=True)) as rig:
+        await rig.register("m")
+        for name in ("m", "nobody"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await rig.call(INFER, by_id(name), oip.ModelInferResponse)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            assert (caught.value.details() or "").startswith(
+                ("vmodel not found", "model not found")
+            )
+        assert rig.loads_of("m") == 0
+        alias(rig, "stable", "m")  # the router may hear of it later than of the request
+        reply = await rig.call(INFER, by_id("stable"), oip.ModelInferResponse)
+        assert (reply.model_name, rig.loads_of("m")) == ("named otherwise", 1)
+        # A header says by itself what it names.
+        await rig.call(INFER, by_id(""), oip.ModelInferResponse, metadata=[("mm-model-id", "m")])
+        header = [("mm-vmodel-id", "m")]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.call(INFER, by_id(""), oip.ModelInferResponse, metadata=header)
+        assert "vmodel not found: 'm' is a model's own id" in (caught.value.details() or "")
+
+
+async def test_a_name_of_which_nothing_is_said_is_an_alias_or_a_model(tmp_path: Path) -> None:
+    async with mesh(tmp_path, dataplane_config=config()) as rig:
+        await rig.register("m")
+        await rig.register("other")
+        alias(rig, "m", "other")
+        await until(lambda: "m" in rig.routers[0].view.vmodels)
+        await rig.call(INFER, by_id("m"), oip.ModelInferResponse)
+        assert (rig.loads_of("m"), rig.loads_of("other")) == (0, 1)
 
 
 async def test_a_header_names_the_model_where_the_message_does_not(tmp_path: Path) -> None:
