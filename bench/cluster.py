@@ -52,6 +52,18 @@ class Cluster:
             for future in pending:
                 future.result()
 
+    def register_uri(self, name: str, uri: str) -> None:
+        """Register one ONNX model by where it is, and not load it."""
+        info = mmesh_pb2.ModelInfo(type="onnx", path=uri)
+        request = mmesh_pb2.RegisterModelRequest(modelId=name, modelInfo=info)
+        call = self._channel.unary_unary("/mmesh.ModelMesh/registerModel")
+        call(request.SerializeToString(), timeout=LOAD_TIMEOUT_S)
+
+    def unregister(self, name: str) -> None:
+        request = mmesh_pb2.UnregisterModelRequest(modelId=name)
+        call = self._channel.unary_unary("/mmesh.ModelMesh/unregisterModel")
+        call(request.SerializeToString(), timeout=LOAD_TIMEOUT_S)
+
     def infer(self, message: bytes, timeout_s: float = LOAD_TIMEOUT_S) -> bytes:
         """One request through the router, waiting for a load if it takes one."""
         reply: bytes = self._channel.unary_unary(INFER_PATH)(message, timeout=timeout_s)

@@ -12,7 +12,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,30 @@ from bench import h2load
 from bench.cluster import Cluster, Process, cluster, etcd, write_models
 from bench.effort import Effort
 from bench.h2load import Load
-from bench.miss import write_big_models
-from bench.models import small_model
+from bench.models import small_model, write_big_model
 from bench.payload import INFER_PATH, framed
-from bench.process import ROOT, BenchError, Child, Unavailable, free_port, pinned, serving_core
+from bench.process import (
+    ROOT,
+    BenchError,
+    Child,
+    Unavailable,
+    free_port,
+    pinned,
+    python_child,
+    serving_core,
+)
 from bench.report import Report
+from bench.scrape import sums
 from bench.stats import pair_ratios, spread
 from protos import mmesh_pb2, oip_pb2
 
 BIG_BYTES = 100 << 20
 DENSE_MODELS = 5_000
 CAPACITY_BYTES = 8 << 30
+COLD = "cold"
 COLD_SLACK_MS = 10.0
+COLD_WAIT_S = 60.0
+RESIDENT = "modelmesh_instance_models_total"
 DENSE_KB_MAX = 20.0
 MLSERVER = ROOT / ".venv-mlserver" / "bin" / "mlserver"
 # Names of the linear model: in the pod, in a process of its own, in the pod without batching.
@@ -106,35 +119,80 @@ def _bare(script: str, *arguments: str, core: int | None = None) -> float:
 
 
 def cold_start(report: Report, effort: Effort) -> None:
-    """A large ONNX model that lies on this machine: the instance's whole load against a session."""
+    """A large ONNX model that was pulled from S3 before, and is in the disk cache: the instance's
+    whole load (asking the store included) against a session on the same file."""
     size_bytes = effort.scaled(BIG_BYTES, 1 << 20)
     with tempfile.TemporaryDirectory(prefix="bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         small = write_models(folder, ["small"], small_model())
-        big = write_big_models(folder, effort.pairs + 1, size_bytes)
+        store = folder / "model.onnx"
+        write_big_model(store, size_bytes)
         endpoint = stack.enter_context(etcd(folder / "etcd"))
         mesh = stack.enter_context(
-            cluster(endpoint, folder, namespace="cold", instances=1, capacity_bytes=CAPACITY_BYTES)
-        )
-        mesh.register([*small, *big])
+            cluster(
+                endpoint, folder, namespace=COLD, instances=1, capacity_bytes=CAPACITY_BYTES,
+                instance_flags=("--storage-config", str(_storage(stack, folder, store))),
+            )
+        )  # fmt: skip
         series = "modelmesh_loadmodel_milliseconds_sum"
-        mesh.load(big[0][0])  # onnxruntime's import, and the file into the page cache
         ours: list[float] = []
         bare: list[float] = []
-        for model, place in big[1:]:
+        for number in range(effort.pairs + 1):
+            model = f"big-{number}"
+            cached = _pulled(mesh, folder, model)
             before = mesh.instance_sums(series)
             mesh.load(model)
-            ours.append(mesh.instance_sums(series) - before)
-            warm = str(small[0][1] / "model.onnx")
-            bare.append(_bare(_BARE_SESSION, str(place / "model.onnx"), warm))
+            if number > 0:  # the first one also imported onnxruntime
+                ours.append(mesh.instance_sums(series) - before)
+                warm = str(small[0][1] / "model.onnx")
+                bare.append(_bare(_BARE_SESSION, str(cached), warm))
     report.row(
-        f"cold start of an ONNX model of {size_bytes >> 20} MiB",
+        f"cold start of an ONNX model of {size_bytes >> 20} MiB in the disk cache",
         **{"fetch, size and load ms": spread(ours), "bare InferenceSession ms": spread(bare)},
     )
     added = [mine - other for mine, other in zip(ours, bare, strict=True)]
     report.figure(
         "cold start, load : bare session, difference", spread(added), "at most", COLD_SLACK_MS, "ms"
     )
+
+
+def _storage(stack: contextlib.ExitStack, folder: Path, served: Path) -> Path:
+    """An S3 server with that file in every bucket; the storage secret that leads to it."""
+    port = free_port()
+    arguments = (str(served), '"0123456789abcdef0123456789abcdef-2"', str(port))
+    server = stack.enter_context(python_child("s3 server", "bench.s3_server", *arguments))
+    server.wait_for_port(port)
+    entry = {"type": "s3", "endpoint_url": f"http://127.0.0.1:{port}"}
+    (folder / "storage").mkdir()
+    (folder / "storage" / "default_s3").write_text(json.dumps(entry))
+    return folder / "storage"
+
+
+def _pulled(mesh: Cluster, folder: Path, model: str) -> Path:
+    """A model that has been loaded and is in memory no more; where its file is in the cache."""
+    entries = folder / f"cache-{COLD}-0" / "entries"
+    there = set(entries.glob("*"))
+    mesh.register_uri(model, f"s3://{model}/model.onnx")
+    mesh.load(model)
+    (entry,) = set(entries.glob("*")) - there
+    metrics_port = mesh.instances[0].metrics_port
+    resident = sums(metrics_port)[RESIDENT]
+    mesh.unregister(model)
+    pod = mesh.instances[0].child
+    # Else its bytes would be on their way to the disk beside the load that is measured.
+    _until(pod, entry.joinpath("synced").exists)
+    _until(pod, lambda: sums(metrics_port)[RESIDENT] < resident)
+    mesh.register_uri(model, f"s3://{model}/model.onnx")
+    return entry / "content" / "model.onnx"
+
+
+def _until(child: Child, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + COLD_WAIT_S
+    while not condition():
+        child.check()
+        if time.monotonic() > end:
+            raise BenchError("the instance did not unload, or did not sync, what it had pulled")
+        time.sleep(0.02)
 
 
 # ---- scikit-learn ----
@@ -349,8 +407,6 @@ def _load_all(mesh: Cluster, names: list[str]) -> None:
 
 
 def _check_resident(pod: Process, count: int) -> None:
-    from bench.scrape import sums
-
-    resident = sums(pod.metrics_port).get("modelmesh_instance_models_total", 0.0)
+    resident = sums(pod.metrics_port).get(RESIDENT, 0.0)
     if resident < count:
         raise Unavailable(f"only {resident:g} of {count} models are resident")
