@@ -1,8 +1,9 @@
 """An example of a runtime that the mesh serves models with: copy it, put your own model in.
 
 It implements ``mmesh.ModelRuntime``, by which a pod loads and unloads models, and for requests
-``ModelInfer`` and ``ModelStreamInfer`` of the Open Inference Protocol and a method of its own,
-``example.Affine/Describe``, whose request gets the model's id put in by the mesh.
+``ModelInfer`` and ``ModelStreamInfer`` of the Open Inference Protocol and two methods of its own:
+``example.Affine/Describe``, whose request gets the model's id put in by the mesh, and the stream
+``example.Affine/Score`` (rows in, numbers out), which takes the id from the header mm-model-id.
 
 Its models are JSON files: ``{"weights": [2.0, 3.0], "bias": 1.0}`` answers ``weights * x + bias``
 for each row x. ``"load_seconds"`` makes a load slow, to try out time-outs.
@@ -95,6 +96,7 @@ class AffineRuntime:
                 "inference.GRPCInferenceService/ModelInfer": method(idInjectionPath=[1]),
                 "inference.GRPCInferenceService/ModelStreamInfer": method(idInjectionPath=[1]),
                 "example.Affine/Describe": method(idInjectionPath=[1]),
+                "example.Affine/Score": method(),
             },
         )
 
@@ -164,6 +166,17 @@ class AffineRuntime:
         document = {"id": request.value, "weights": model.weights.tolist(), "bias": model.bias}
         return json_format.ParseDict(document, struct_pb2.Struct())
 
+    async def score(self, requests: Any, context: Any) -> Any:
+        model = await self.model(dict(context.invocation_metadata())["mm-model-id"], context)
+        async for row in requests:
+            values = np.asarray(list(row), dtype=np.float64)
+            if values.size != model.weights.size:
+                await context.abort(
+                    grpc.StatusCode.OUT_OF_RANGE,
+                    f"expected {model.weights.size} numbers, found {values.size}",
+                )
+            yield wrappers_pb2.DoubleValue(value=float(values @ model.weights + model.bias))
+
 
 def handlers(runtime: AffineRuntime) -> list[grpc.GenericRpcHandler]:
     def unary(method: Any, request: Any) -> grpc.RpcMethodHandler:
@@ -186,7 +199,12 @@ def handlers(runtime: AffineRuntime) -> list[grpc.GenericRpcHandler]:
             lambda reply: reply.SerializeToString(),
         ),
     }
-    own = {"Describe": unary(runtime.describe, wrappers_pb2.StringValue)}
+    own = {
+        "Describe": unary(runtime.describe, wrappers_pb2.StringValue),
+        "Score": grpc.stream_stream_rpc_method_handler(
+            runtime.score, struct_pb2.ListValue.FromString, lambda reply: reply.SerializeToString()
+        ),
+    }
     generic = grpc.method_handlers_generic_handler
     return [
         generic("mmesh.ModelRuntime", management),
