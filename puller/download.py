@@ -256,6 +256,8 @@ class Download:
         self._report(self._done_bytes, self._total_bytes)
 
     async def _pay(self, size_bytes: int) -> None:
+        if self._settings.rate_bytes_per_s == 0:
+            return
         with self._busy():  # more reads would not make the limit higher
             await self._means.rate.spend(size_bytes)
 
