@@ -103,11 +103,7 @@ class ModelInfo:
 
         def answer(call: ServerCall, message: bytes) -> None:
             servable = self._servables.get(call.head.model_id or "")
-            if (
-                servable is not None
-                and servable.remote is not None
-                and servable.remote.metadata is None
-            ):
+            if servable is not None and _only_its_process_knows(servable):
                 self._carrier.unary(servable, call, message, path)
             else:
                 answered_here(call, message)
@@ -195,6 +191,14 @@ class ModelInfo:
         )
 
 
+def _only_its_process_knows(servable: Servable) -> bool:
+    """What it is: it has not said, or has said it of the latest of several versions."""
+    remote = servable.remote
+    if remote is None:
+        return False
+    return remote.metadata is None or (remote.internal and len(servable.metadata.versions) > 1)
+
+
 def _shape(spec: TensorSpec) -> list[int]:
     # An unknown rank has no form in the protocol; one free axis is what Triton shows.
     return [-1] if spec.any_rank else list(spec.shape)
@@ -212,7 +216,8 @@ def _statistics(servable: Servable, name: str) -> oip_pb2.ModelStatistics:
         name=name,
         version=versions_of(servable.metadata)[0],
         last_inference=servable.use.last_used_at_ms if done else 0,
-        inference_count=done,
+        # As Triton counts: each row of a request, where the model answers by rows.
+        inference_count=s.rows if servable.batch.fits else done,
         execution_count=done - servable.batch.joined_requests + servable.batch.joined_runs,
         inference_stats=oip_pb2.InferStatistics(
             success=duration(count=done, ns=s.success_ns),

@@ -15,7 +15,14 @@ from mesh.core.usage import Use
 from mesh.instance.batching import Batching
 from mesh.metrics import Histogram
 from mesh.oip.tensors import InferCodec
-from mesh.runtimes.api import AnyModel, LoadedModel, ModelMetadata, VersionedModel, is_remote
+from mesh.runtimes.api import (
+    AnyModel,
+    InternalModel,
+    LoadedModel,
+    ModelMetadata,
+    VersionedModel,
+    is_remote,
+)
 
 if TYPE_CHECKING:
     from mesh.instance.carrier import Waiting
@@ -43,7 +50,8 @@ _SIZE_CLASSES: Final = INLINE_BYTES_MAX.bit_length() + 1
 
 
 class Statistics:
-    """Counts and nanoseconds since the copy was loaded (ModelStatistics, describe)."""
+    """Counts and nanoseconds since the copy was loaded (ModelStatistics, describe). ``rows``: of
+    the requests that were answered; one of a request that does not tell."""
 
     __slots__ = (
         "decode_ns",
@@ -53,12 +61,13 @@ class Statistics:
         "infer_ns",
         "queue_count",
         "queue_ns",
+        "rows",
         "success_count",
         "success_ns",
     )
 
     def __init__(self) -> None:
-        self.success_count = self.success_ns = 0
+        self.success_count = self.success_ns = self.rows = 0
         self.fail_count = self.fail_ns = 0
         self.queue_count = self.queue_ns = 0
         self.decode_ns = self.infer_ns = self.encode_ns = 0
@@ -158,6 +167,8 @@ class Servable:
 
     def use_batching(self, record: Wished, policy: Policy) -> None:
         """What the model's record says of joining requests; the model's own file comes second."""
+        if isinstance(self.remote, InternalModel):
+            self.remote.use_terms(record, policy)
         self.batch.use(record, policy)
         self.collects = self.batch.on
         for one in (self.versions or {}).values():

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import numpy.typing as npt
 
+from mesh.core.batching import Wished
 from mesh.core.errors import MeshError, Unavailable
+from mesh.core.policy import Policy
 from mesh.wire.client import Channel, RpcError
 
 
@@ -63,9 +65,11 @@ class ModelOptions:
     outputs: tuple[TensorSpec, ...] = ()
     max_batch_size: int | None = None  # rows; 0: never batch
     max_latency_us: int | None = None  # a request may wait so long for others
+    max_concurrency: int | None = None  # inferences at once
     threads: int | None = None  # of one inference
     warm_up: tuple[WarmUp, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()  # what is said in vain, each with its field
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +184,15 @@ class RemoteModel(Protocol):
 
     def unload(self) -> None:
         """As ``LoadedModel.unload``; in a worker thread."""
+        ...
+
+
+@runtime_checkable
+class InternalModel(Protocol):
+    """A remote model whose process is ours (``internal``): it runs requests as the pod does."""
+
+    def use_terms(self, record: Wished, policy: Policy) -> None:
+        """What the record says of joining requests, and the thresholds, from now on."""
         ...
 
 

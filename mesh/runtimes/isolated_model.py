@@ -14,18 +14,26 @@ import logging
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, Final
 
+from mesh.core.batching import Wished
 from mesh.core.errors import Code, LoadFailed, MeshError
+from mesh.core.policy import Policy
 from mesh.runtimes import isolated_limits
 from mesh.runtimes.api import ModelLost, ModelMetadata, ModelSpec
 from mesh.runtimes.isolated_channel import WorkerChannel, WorkerEnded
 from mesh.runtimes.isolated_fork_server import ForkServer, WorkerProcess
 from mesh.runtimes.isolated_limits import Cause, IsolationLimits
-from mesh.runtimes.isolated_proc import private_bytes
-from mesh.runtimes.isolated_protocol import LOAD_PATH, load_request, loaded_metadata
+from mesh.runtimes.isolated_proc import descendants, private_bytes
+from mesh.runtimes.isolated_protocol import (
+    LOAD_PATH,
+    TERMS_PATH,
+    load_request,
+    loaded_metadata,
+    terms_message,
+)
 from mesh.runtimes.isolated_watch import Watch
 from mesh.runtimes.settings import RuntimeSettings
 from mesh.wire.client import Channel, RpcError
@@ -63,11 +71,14 @@ class IsolatedModel:
         self._watch: Watch | None = None
         self._crashes: deque[float] = deque(maxlen=limits.crashes_max)
         self._replacing: asyncio.Task[None] | None = None
-        self._removals: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._control: Channel | None = None  # to its process now
+        self._terms: bytes | None = None
         self._closing = False
         self.metadata: ModelMetadata | None = None
         self.size_bytes = 0
-        self.max_concurrency = limits.requests_max
+        own = spec.options.max_concurrency or limits.requests_max
+        self.max_concurrency = min(own, limits.requests_max)
         self.channel = WorkerChannel(
             spec.model_id,
             max_message_bytes=limits.max_message_bytes,
@@ -102,6 +113,28 @@ class IsolatedModel:
             return ModelLost(error.message)
         return error
 
+    def use_terms(self, record: Wished, policy: Policy) -> None:
+        """Told to its process now, and to those that follow."""
+        terms = terms_message(record, policy)
+        if terms == self._terms:
+            return
+        self._terms = terms
+        if self._control is not None and self.pid:
+            self._spawn(self._tell_terms(self._control))
+
+    async def _tell_terms(self, control: Channel) -> None:
+        """Until they are the ones that hold. A process that dies meanwhile has others to tell."""
+        told = None
+        with contextlib.suppress(MeshError):
+            while self._terms is not None and told != self._terms:
+                told = self._terms
+                await control.unary(TERMS_PATH, told)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     def _busy(self) -> None:
         if self._watch is not None:
             self._watch.hurry()
@@ -122,13 +155,16 @@ class IsolatedModel:
         self._on_fresh(private_bytes(process.pid))
         try:
             self.metadata = await self._load(process, control)
+            await self._tell_terms(control)
             watch.loaded()
         except BaseException:
             process.kill()
             await asyncio.shield(process.ended)
             raise
-        self.size_bytes = max(1, private_bytes(process.pid))
+        family = [process.pid, *descendants(process.pid)]
+        self.size_bytes = max(1, sum(map(private_bytes, family)))
         self._watch = watch
+        self._control = control
         return process
 
     async def _load(self, process: WorkerProcess, control: Channel) -> ModelMetadata:
@@ -168,11 +204,7 @@ class IsolatedModel:
         process.ended.add_done_callback(lambda _: self._ended(process))
 
     def _remove_folder(self, process: WorkerProcess) -> None:
-        task = self._loop.create_task(
-            asyncio.to_thread(shutil.rmtree, process.folder, ignore_errors=True)
-        )
-        self._removals.add(task)
-        task.add_done_callback(self._removals.discard)
+        self._spawn(asyncio.to_thread(shutil.rmtree, process.folder, ignore_errors=True))
 
     # ---- replacement ----
 
@@ -247,6 +279,6 @@ class IsolatedModel:
             await asyncio.wait({process.ended}, timeout=self._limits.unload_timeout_ms / 1e3)
             process.kill()
             await process.ended
-        if self._removals:
-            await asyncio.wait(set(self._removals))
+        if self._background:
+            await asyncio.wait(set(self._background))
         self._on_closed()

@@ -14,12 +14,15 @@ from typing import Any, Final
 
 import orjson
 
+from mesh.core.batching import Wished
+from mesh.core.policy import Policy
 from mesh.runtimes.api import ModelMetadata, ModelSpec, TensorSpec
 from mesh.runtimes.settings import RuntimeSettings
 
 SERVICE: Final = "/mesh.worker.v1.Worker/"
 LOAD_PATH: Final = SERVICE + "Load"
 PING_PATH: Final = SERVICE + "Ping"
+TERMS_PATH: Final = SERVICE + "Terms"
 
 # The module that the pod starts; it is named here only, because the pod must not import it.
 FORK_SERVER_MODULE: Final = "mesh.worker.zygote"
@@ -112,6 +115,19 @@ def _tensors(said: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
         TensorSpec(one["name"], one["datatype"], tuple(one["shape"]), one["any_rank"])
         for one in said
     )
+
+
+# ---- Terms ----
+
+
+def terms_message(record: Wished, policy: Policy) -> bytes:
+    """What the model's record says of joining requests, and the thresholds that hold now."""
+    return orjson.dumps({"record": asdict(record), "policy": asdict(policy)})
+
+
+def terms_told(message: bytes) -> tuple[Wished, Policy]:
+    said = orjson.loads(message)
+    return Wished(**said["record"]), Policy(**said["policy"])
 
 
 # ---- Ping ----

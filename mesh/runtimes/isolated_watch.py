@@ -1,9 +1,9 @@
 """Watches one worker process: its memory, and whether it still comes back from what it does.
 
-Memory is the resident set, looked at often while the worker loads or is busy. Whether it hangs is
-asked with a Ping: how long inferences have been inside, and whether the event loop answers at all.
-Ends the process with a cause; who asked for it learns that from the process. What a model starts as
-processes of its own is not counted.
+Memory is the resident set of the worker and of what it has started, looked at often while it loads
+or is busy. Whether it hangs is asked with a Ping: how long inferences have been inside, and whether
+the event loop answers at all. Ends the process with a cause; who asked for it learns that from the
+process.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ from mesh.core.errors import MeshError
 from mesh.runtimes import isolated_limits
 from mesh.runtimes.isolated_fork_server import WorkerProcess
 from mesh.runtimes.isolated_limits import IsolationLimits
-from mesh.runtimes.isolated_proc import cpu_ms, resident_bytes
+from mesh.runtimes.isolated_proc import (
+    cpu_ms,
+    descendants,
+    proportional_bytes,
+    resident_bytes,
+)
 from mesh.runtimes.isolated_protocol import PING_PATH, Pulse
 from mesh.wire.client import Channel
 
 _LOADING_S: Final = 0.025
 _BUSY_S: Final = 0.05
 _IDLE_S: Final = 2.0
+# Children are looked for at every such look: that takes longer.
+_CHILDREN_EVERY: Final = 4
 # When the watch itself comes so late, the pod was held up: nobody is blamed for that time.
 _LATE_S: Final = 1.0
 
@@ -46,6 +53,7 @@ class Watch:
         self._ping_every_s = limits.ping_every_ms / 1e3
         self._loop = asyncio.get_running_loop()
         self._memory_bytes = limits.worker_memory_bytes + process.base_bytes
+        self._looks = 0
         self._loading = True
         self._in_doubt = False  # something may be inside: nobody has said since that nothing is
         self._unwanted_since_s = 0.0  # more of them than anybody waits for; 0.0: no
@@ -86,7 +94,7 @@ class Watch:
     def _look(self) -> None:
         if self._process.ended.done():
             return
-        if resident_bytes(self._process.pid) > self._memory_bytes:
+        if self._takes_too_much():
             limit_bytes = self._limits.worker_memory_bytes
             self._process.kill(isolated_limits.too_much_memory(limit_bytes))
             return
@@ -98,6 +106,18 @@ class Watch:
             self._asked_s = self._idle_cpu_since_s = now_s
         self._look_for_hangs(now_s)
         self._schedule(_BUSY_S if self._in_doubt else _IDLE_S)
+
+    def _takes_too_much(self) -> bool:
+        pid, limit_bytes = self._process.pid, self._memory_bytes
+        own_bytes = resident_bytes(pid)
+        self._looks += 1
+        if own_bytes > limit_bytes or (self._looks % _CHILDREN_EVERY and not self._slow):
+            return own_bytes > limit_bytes
+        family = [pid, *descendants(pid)]
+        if len(family) == 1 or own_bytes + sum(map(resident_bytes, family[1:])) <= limit_bytes:
+            return False
+        # What they share was counted several times.
+        return sum(map(proportional_bytes, family)) > limit_bytes
 
     def _look_for_hangs(self, now_s: float) -> None:
         limits = self._limits

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -34,8 +35,14 @@ MODULES: Final[Mapping[str, Sequence[str]]] = {
     "python": ("mesh.runtimes.python",),
 }
 
+# What a library reads while it is imported, unless the operator has said otherwise: TensorFlow
+# would tell each pod's log which processor it was built for.
+VARIABLES: Final[Mapping[str, Mapping[str, str]]] = {"tensorflow": {"TF_CPP_MIN_LOG_LEVEL": "3"}}
+
 
 def preload(format_name: str) -> None:
+    for variable, value in VARIABLES.get(format_name, {}).items():
+        os.environ.setdefault(variable, value)
     for name in (*ALWAYS, *MODULES.get(format_name, ())):
         try:
             importlib.import_module(name)

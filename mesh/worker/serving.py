@@ -1,8 +1,9 @@
 """A worker process: one model, served by the pod's own handlers on a Unix socket.
 
-Beside them it answers Load, which brings the model in, and Ping, which tells how long inferences
-have been inside it. It judges nothing: the pod ends it when it takes too long or too much. SIGTERM
-lets the model unload for a moment and ends the process.
+Beside them it answers Load, which brings the model in, Terms, by which it runs requests from then
+on, and Ping, which tells how long inferences have been inside it. It judges nothing: the pod ends
+it when it takes too long or too much. SIGTERM lets the model unload for a moment and ends the
+process.
 """
 
 from __future__ import annotations
@@ -36,14 +37,18 @@ from mesh.runtimes.api import Array, LoadedModel, ModelMetadata, Tensor, Version
 from mesh.runtimes.isolated_protocol import (
     LOAD_PATH,
     PING_PATH,
+    TERMS_PATH,
     Order,
     Pulse,
     load_reply,
     load_spec,
+    terms_told,
 )
+from mesh.runtimes.layout import lay_out
 from mesh.runtimes.registry import RuntimeRegistry
 from mesh.wire.limits import INSIDE
 from mesh.wire.server import AsyncUnary, Method, Server, ServerCall, Streaming, Unary
+from mesh.worker.library_threads import LibraryThreads
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +71,14 @@ class Inside:
 
 
 class TimedModel:
-    """The model itself; it is only noted who is inside."""
+    """The model itself; it is only noted who is inside, and each thread is given the libraries'
+    threads that the model may use (``mesh.worker.library_threads``)."""
 
-    __slots__ = ("_inside", "_model", "infer_inside", "metadata")
+    __slots__ = ("_inside", "_model", "_threads", "infer_inside", "metadata")
 
-    def __init__(self, model: LoadedModel, inside: Inside) -> None:
+    def __init__(self, model: LoadedModel, inside: Inside, threads: LibraryThreads) -> None:
         self._model = model
+        self._threads = threads
         self._inside = inside.since_ns
         self.infer_inside = model.infer
         self.metadata: ModelMetadata = model.metadata
@@ -89,6 +96,8 @@ class TimedModel:
     ) -> list[Tensor]:
         thread = get_ident()
         self._inside[thread] = monotonic_ns()
+        if thread not in self._threads.limited:
+            self._threads.limit(thread)
         try:
             return self.infer_inside(inputs, outputs, parameters)
         finally:
@@ -106,6 +115,7 @@ class Worker:
         offset_ms = clock.offset_ms
         never: dict[str, Any] = {"on_idle": lambda _: None, "idle_wanted": lambda: False}
         self._threads = order.threads
+        self._settings = order.settings
         self._registry = RuntimeRegistry(order.settings)
         self._servables: dict[str, Servable] = {}
         self._inside = Inside()
@@ -121,12 +131,20 @@ class Worker:
             **info.methods(),
             LOAD_PATH: AsyncUnary(self._load),
             PING_PATH: Unary(self._ping),
+            TERMS_PATH: Unary(self._use_terms),
         }
         limits = replace(INSIDE, max_message_bytes=order.max_message_bytes)
         self.server = Server(methods, limits=limits)
 
     def _ping(self, call: ServerCall, message: bytes) -> None:
         call.reply(self._inside.pulse().encode())
+
+    def _use_terms(self, call: ServerCall, message: bytes) -> None:
+        record, policy = terms_told(message)
+        self._executor.use_policy(policy)
+        for servable in self._servables.values():
+            servable.use_batching(record, policy)
+        call.reply(b"")
 
     async def _load(self, _: ServerCall, message: bytes) -> bytes:
         """Fails with the runtime's own error; the process is then ended by the pod."""
@@ -136,21 +154,22 @@ class Worker:
             model = await in_thread("load", lambda: runtime.load(spec))
         except Exception as error:
             raise as_load_failure(spec.model_id, error) from None
-        timed = (
-            VersionedModel(
-                {name: self._timed(one) for name, one in model.versions.items()}, model.options
-            )
-            if isinstance(model, VersionedModel)
-            else self._timed(model)
-        )
+        options = lay_out(spec.path, spec.model_type, spec.model_id).options
+        threads = LibraryThreads(options.threads or self._settings.intra_op_threads)
+        timed = self._timed(model, threads)
         servable = Servable(spec.model_id, spec.model_type, timed, Use(), self._threads)
         self._servables[spec.model_id] = servable
         gc.collect()
         gc.freeze()
         return load_reply(servable.metadata)
 
-    def _timed(self, model: Any) -> TimedModel:
-        return TimedModel(model, self._inside)
+    def _timed(self, model: Any, threads: LibraryThreads) -> TimedModel | VersionedModel:
+        if not isinstance(model, VersionedModel):
+            return TimedModel(model, self._inside, threads)
+        versions = {
+            name: TimedModel(one, self._inside, threads) for name, one in model.versions.items()
+        }
+        return VersionedModel(versions, model.options)
 
     async def unload(self) -> None:
         for servable in self._servables.values():

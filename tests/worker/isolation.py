@@ -47,6 +47,10 @@ class Model:
                 ctypes.PyDLL(None).sleep(1_000_000)
             case "close everything":
                 os.closerange(3, 1_000)
+            case "allocate in a child":
+                text = "x = bytearray(b'x' * (500 << 20)); import time; time.sleep(1000)"
+                self.child = subprocess.Popen([sys.executable, "-c", text])
+                self.child.wait()
             case "raise":
                 raise RuntimeError("no such luck")
             case "start a child":
@@ -175,10 +179,13 @@ async def isolation(
     *,
     allow_pickle: bool = True,
     allow_python: bool = True,
+    intra_op_threads: int = 1,
     **changes: Any,
 ) -> AsyncIterator[Isolation]:
     """``servers``: fork servers that other tests use as well."""
-    settings = RuntimeSettings(allow_pickle=allow_pickle, allow_python=allow_python)
+    settings = RuntimeSettings(
+        allow_pickle=allow_pickle, allow_python=allow_python, intra_op_threads=intra_op_threads
+    )
     runtime = IsolatedRuntime(settings, limits(**changes), asyncio.get_running_loop(), servers)
     try:
         yield Isolation(runtime, folder)

@@ -37,7 +37,7 @@ from mesh.wire.client import Channel, RpcError
 from mesh.wire.server import Server, Streaming, Unary
 from protos import oip_pb2
 
-from .isolation import infer_request, isolation, python_model
+from .isolation import MODEL, infer_request, isolation, python_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -136,6 +136,23 @@ async def test_a_joblib_model_answers_as_in_the_pod(tmp_path: Path, servers: For
         ask = oip_pb2.ModelMetadataRequest(name="the-alias").SerializeToString()
         here, there = await both.both(METADATA, ask)
         assert here == there
+
+
+@pytest.mark.parametrize("version", ["", "1", "2", "3"])
+async def test_each_version_tells_its_own_metadata(
+    tmp_path: Path, servers: ForkServers, version: str
+) -> None:
+    for number in (1, 2):
+        declared = f"class Model:\n    inputs = [('x{number}', 'FP32', [-1, {number}])]"
+        python_model(tmp_path / "model" / str(number), MODEL.replace("class Model:", declared))
+    async with pods(tmp_path / "model", "python", tmp_path, servers) as both:
+        ask = oip_pb2.ModelMetadataRequest(name="the-alias", version=version).SerializeToString()
+        here, there = await both.both(METADATA, ask)
+        assert here == there
+        if version != "3":
+            found = oip_pb2.ModelMetadataResponse.FromString(there[0])
+            assert [one.name for one in found.inputs] == [f"x{version or 2}"]
+            assert found.name == "the-alias"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,12 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
         pytest.param("exit", Code.INTERNAL, "exit status 7", id="an exit"),
         pytest.param("killed", Code.RESOURCE_EXHAUSTED, "SIGKILL", id="a kill from outside"),
         pytest.param("allocate", Code.RESOURCE_EXHAUSTED, "more than 209,715,200 bytes", id="OOM"),
+        pytest.param(
+            "allocate in a child",
+            Code.RESOURCE_EXHAUSTED,
+            "more than 209,715,200 bytes",
+            id="OOM of a process that it has started",
+        ),
     ],
 )
 async def test_a_request_hears_why_its_model_died_and_the_next_one_is_answered(
