@@ -55,7 +55,7 @@ from mesh.instance.publisher import Publisher
 from mesh.instance.servable import Servable
 from mesh.instance.use_book import UseBook
 from mesh.metrics import InstanceMetrics
-from mesh.runtimes.api import RemoteModel, is_remote
+from mesh.runtimes.api import AnyModel, VersionedModel, is_remote
 from mesh.store.api import KVStore
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class Pod:
         self.records[model_id] = record
         servable = self.servables.get(model_id)
         if servable is not None:
-            servable.use_concurrency(self._concurrency(record, servable.remote))
+            servable.use_concurrency(self._concurrency(record, self.loader.models[model_id]))
             servable.use_batching(_wished(record), self.policy)
         # Only a Load pins a copy: one copy of a pinned model is, and the leader says which.
         self._terms(record, pinned=copy.pinned and record.pinned)
@@ -349,7 +349,7 @@ class Pod:
                 record.model_type,
                 model,
                 copy.use,
-                self._concurrency(record, model if is_remote(model) else None),
+                self._concurrency(record, model),
             )
             servable.use_batching(_wished(record), self.policy)
             self._count(model_id, "loaded")
@@ -456,10 +456,11 @@ class Pod:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _concurrency(self, record: ModelRecord, remote: RemoteModel | None) -> int:
-        """What the user says, within what the model's own process takes."""
-        bound = remote.max_concurrency if remote is not None else 0
-        said = record.max_concurrency or bound or self.policy.default_max_concurrency
+    def _concurrency(self, record: ModelRecord, model: AnyModel) -> int:
+        """What the user says, else the model's own file, within what its own process takes."""
+        bound = model.max_concurrency if is_remote(model) else 0
+        own = model.options.max_concurrency if isinstance(model, VersionedModel) else None
+        said = record.max_concurrency or own or bound or self.policy.default_max_concurrency
         return max(1, min(said, bound) if bound else said)
 
     def _idle_ms(self, record: ModelRecord) -> int:

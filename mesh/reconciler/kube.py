@@ -349,9 +349,11 @@ async def _load(kubeconfig: Path | None, context: str | None) -> tuple[Configura
                 persist_config=False,
             )
             return str(loader.current_context["context"].get("namespace") or "")
-        # The loader does not look what it was given: anything may come of a file of another kind.
-        except (config.ConfigException, YAMLError, OSError, TypeError, AttributeError) as error:
+        except (config.ConfigException, OSError) as error:
             raise KubeConfigError(f"{whence}: {error}") from error
+        # The loader does not look what it was given: anything may come of a file of another kind.
+        except (YAMLError, TypeError, AttributeError) as error:
+            raise KubeConfigError(f"{whence} does not read as one: {error}") from error
 
     async def load_again() -> None:
         try:

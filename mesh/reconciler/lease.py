@@ -81,12 +81,15 @@ class LeaseElection:
         """Until cancelled or closed. Cancelled alone it does not resign: others wait it out."""
         self._running = asyncio.current_task()
         following = asyncio.create_task(self._informer.run(), name="lease-watch")
+        following.add_done_callback(lambda _: self._moved.set())
         try:
-            while not self._closed:
+            while not (self._closed or following.done()):
                 self._moved.clear()
                 await self._step()
                 self._tell()
                 await self._wait_moved()
+            if following.done() and not following.cancelled():
+                following.result()
         finally:
             following.cancel()
             await asyncio.wait([following])
@@ -96,20 +99,20 @@ class LeaseElection:
         """Resign. Without the API server the others wait out the Lease."""
         if self._closed:
             return
-        led = self.is_leader
+        holds = self.leader_id == self._identity
         self._closed = True
         self._tell()
         running = self._running
         if running is not None and running is not asyncio.current_task():
             running.cancel()
             await asyncio.wait([running])
-        if led:
+        if holds:
             with suppress(ApiError, TimeoutError):
                 await self._release()
 
     def _saw(self, _resource: Resource, namespace: str, name: str) -> None:
         seen = self._informer.get(namespace, name)
-        if _version(seen) != _version(self._lease):  # else it is our own write come back
+        if seen is None or _version(seen) > _version(self._lease):  # else our own write come back
             self._take(seen)
         self._moved.set()
 
@@ -226,8 +229,8 @@ def _spec(lease: Obj | None) -> dict[str, Any]:
     return {} if lease is None else lease.get("spec") or {}
 
 
-def _version(lease: Obj | None) -> str:
-    return "" if lease is None else str(lease["metadata"]["resourceVersion"])
+def _version(lease: Obj | None) -> int:
+    return 0 if lease is None else int(lease["metadata"]["resourceVersion"])
 
 
 def _now_s() -> float:

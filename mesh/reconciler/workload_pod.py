@@ -354,9 +354,8 @@ def _adapter_env(source: RuntimeSource) -> list[Mapping[str, Any]]:
         return []
     # Where ModelMesh's own runtimes have these servers look for models.
     folder = f"{MODELS_DIR}/_{adapter.server_type}_models"
-    return [value("MODEL_REPOSITORY", folder)] + _list(
-        source.spec.get("builtInAdapter") or {}, "env", at="spec.builtInAdapter"
-    )
+    said = source.spec.get("builtInAdapter") or {}
+    return [value("MODEL_REPOSITORY", folder), *_list(said, "env", at="spec.builtInAdapter")]
 
 
 def _capacity_bytes(resources: Mapping[str, Any]) -> int:

@@ -45,8 +45,10 @@ class ArtifactRuntime:
 
     def load(self, spec: ModelSpec) -> AnyModel:
         layout = lay_out(spec.path, spec.model_type, spec.model_id)
-        if self._isolated is not None and self._runs_isolated(layout):
-            return self._isolated.load(_of(spec, layout))
+        if self._isolated is not None:  # in a worker there is none, and the pod has said it
+            _warn(spec.model_id, layout)
+            if self._runs_isolated(layout):
+                return self._isolated.load(_of(spec, layout))
         runtime = self._formats.format_runtime(layout.format)
         models: dict[str, LoadedModel] = {}
         try:
@@ -60,8 +62,8 @@ class ArtifactRuntime:
                     model.unload()
             raise
         options = layout.options
-        says_batching = options.max_batch_size is not None or options.max_latency_us is not None
-        if "" in models and not says_batching:  # no version folders
+        says = (options.max_batch_size, options.max_latency_us, options.max_concurrency)
+        if "" in models and not any(one is not None for one in says):  # no version folders
             return models[""]
         return VersionedModel(models, options)
 
@@ -69,6 +71,12 @@ class ArtifactRuntime:
         return any(
             self._formats.runs_isolated(layout.format, version.path) for version in layout.versions
         )
+
+
+def _warn(model_id: str, layout: Layout) -> None:
+    options = [layout.options, *filter(None, (version.options for version in layout.versions))]
+    for warning in dict.fromkeys(warning for one in options for warning in one.warnings):
+        log.warning("model %r: %s", model_id, warning)
 
 
 def _of(spec: ModelSpec, layout: Layout) -> ModelSpec:

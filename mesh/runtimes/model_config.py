@@ -2,14 +2,16 @@
 
 The text is read against our own ``ModelConfig``; fields that it does not have are ignored, as they
 change nothing in what the model answers. Refused are those that would: ensembles, sequences,
-decoupled answers and back ends that no runtime stands for. ``reshape`` means that clients see the
-shape that the model itself has. Every fault is a ``LoadFailed`` with the field and what to do, for
-whoever lays the model out to put the model's name in front.
+decoupled answers and back ends that no runtime stands for. ``instance_group``'s counts are how many
+inferences run at once. What is known and not acted on is a warning: with ``reshape`` clients see
+the shape that the model itself has, and ``label_filename`` names no classes. Every fault is a
+``LoadFailed`` with the field and what to do, for whoever lays the model out to put the model's name
+in front.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +45,7 @@ _ELSEWHERE: Final[dict[str, str]] = {
 # The same wish, as Triton's back ends for ONNX, PyTorch and TensorFlow call it.
 _THREADS: Final = ("intra_op_thread_count", "INTRA_OP_THREAD_COUNT", "TF_NUM_INTRA_THREADS")
 _THREADS_MAX: Final = 1024
+_INSTANCES_MAX: Final = 1024  # of one group
 # One minute; who waits longer for others does not batch, it hangs.
 LATENCY_MAX_US: Final = 60_000_000
 RANK_MAX: Final = 32
@@ -83,9 +86,11 @@ def read_model_config(text: str, folder: Path) -> tuple[ModelOptions, VersionPol
         outputs=_tensors(config.output, "output", axis),
         max_batch_size=max_batch_size,
         max_latency_us=_max_latency_us(config, max_batch_size),
+        max_concurrency=_max_concurrency(config),
         threads=_threads(config),
         warm_up=warm_ups,
         parameters={key: config.parameters[key].string_value for key in sorted(config.parameters)},
+        warnings=tuple(_in_vain(config)),
     )
     return options, _version_policy(config)
 
@@ -217,6 +222,34 @@ def _max_latency_us(config: Any, max_batch_size: int | None) -> int | None:
             f"expected at most {LATENCY_MAX_US} (a minute); found {delay_us}",
         )
     return delay_us
+
+
+def _max_concurrency(config: Any) -> int | None:
+    """Of all groups together, whatever device each is for; a group that does not say is one."""
+    counts = [int(group.count) for group in config.instance_group]
+    for index, count in enumerate(counts):
+        if not 0 <= count <= _INSTANCES_MAX:
+            raise _fault(
+                f"instance_group[{index}].count", f"expected 0 to {_INSTANCES_MAX}; found {count}"
+            )
+    return sum(count or 1 for count in counts) if any(counts) else None
+
+
+def _in_vain(config: Any) -> Iterator[str]:
+    for role, tensors in (("input", config.input), ("output", config.output)):
+        for index, tensor in enumerate(tensors):
+            field = f"{CONFIG_PBTXT}: {role}[{index}]"
+            if tensor.HasField("reshape"):
+                dims, shape = list(tensor.dims), list(tensor.reshape.shape)
+                yield (
+                    f"{field}.reshape has no effect: clients see {tensor.name!r} as the model has "
+                    f"it, {shape}, and not as {dims}"
+                )
+            if role == "output" and tensor.label_filename:
+                yield (
+                    f"{field}.label_filename has no effect: there is no classification extension, "
+                    f"clients get the numbers of {tensor.name!r}"
+                )
 
 
 def _threads(config: Any) -> int | None:

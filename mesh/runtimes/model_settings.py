@@ -1,9 +1,9 @@
 """What a model's ``model-settings.json`` (MLServer's description of a model) means here.
 
 Read are the fields that say which format it is, where its file is, what its tensors are and how it
-is batched; others are ignored. What MLServer alone can run (its MLflow, Hugging Face and custom
-implementations) is refused. Every fault is a ``LoadFailed`` with the field and what to do, for
-whoever lays the model out to put the model's name in front.
+is batched; others are ignored, ``parallel_workers`` with a warning. What MLServer alone can run
+(its MLflow, Hugging Face and custom implementations) is refused. Every fault is a ``LoadFailed``
+with the field and what to do, for whoever lays the model out to put the model's name in front.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ _FORMAT_OF_IMPLEMENTATION: Final[dict[str, str]] = {
     "mlserver_lightgbm": "lightgbm",
     "mlserver_onnx": "onnx",
 }
+_WORKERS_IN_VAIN: Final = (
+    f"{MODEL_SETTINGS}: parallel_workers has no effect: the instance runs all its models' requests "
+    "in its own threads (mesh instance --threads)"
+)
 _BATCH_MAX: Final = 1 << 31
 _NAME_MAX_CHARS: Final = 128
 
@@ -57,7 +61,7 @@ def read_model_settings(text: str) -> Settings:
 def _settings(document: object) -> Settings:
     top = Fields(document, "", [])
     top.text("name")
-    top.integer("parallel_workers", minimum=0)
+    workers = top.integer("parallel_workers", minimum=0)
     for index, version in enumerate(_list(top, "versions")):
         if not isinstance(version, str):
             raise wrong(f"versions[{index}]", "a string (put it in quotes)", version)
@@ -70,6 +74,7 @@ def _settings(document: object) -> Settings:
         max_batch_size=_max_batch_size(top),
         max_latency_us=_max_latency_us(top),
         parameters=_extra(parameters),
+        warnings=(_WORKERS_IN_VAIN,) if workers else (),
     )
     return Settings(options, _uri(parameters), _version(parameters))
 

@@ -46,12 +46,17 @@ def write_version(folder: Path, factor: float) -> None:
 
 
 @asynccontextmanager
-async def serving(tmp_path: Path, factors: dict[str, float]):
+async def serving(
+    tmp_path: Path, factors: dict[str, float], *, config: str = "", concurrency: int | None = None
+):
     """(instance, channel to it) with model ``scale``, whose version N multiplies by factors[N]."""
     for version, factor in factors.items():
         write_version(tmp_path / "models" / "scale" / version, factor)
     store = MemoryStore()
-    record = ModelRecord("scale", "onnx", path=f"file://{tmp_path}/models/scale")
+    if config:
+        (tmp_path / "models" / "scale" / "config.pbtxt").write_text(config)
+    path = f"file://{tmp_path}/models/scale"
+    record = ModelRecord("scale", "onnx", path=path, max_concurrency=concurrency)
     revision = await store.put(registry.key_of(record), registry.encode(record))
     settings = InstanceSettings(
         puller=PullerSettings(cache_dir=tmp_path / "cache", file_roots=(tmp_path / "models",)),
@@ -143,3 +148,16 @@ async def test_what_is_told_of_a_model_names_its_versions(tmp_path: Path) -> Non
         for version in ("1", "2"):
             message = oip_pb2.ModelReadyRequest(name="scale", version=version).SerializeToString()
             await channel.unary(SERVICE + "ModelReady", message, metadata=HEADER, timeout_s=WAIT_S)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"), [(None, 3), (1, 1), (9, 9)], ids=["the model's", "fewer", "more"]
+)
+@pytest.mark.parametrize("versions", [("1", "2"), ("1",), (".",)], ids=["two", "one", "none"])
+async def test_a_models_instances_are_its_requests_at_once_unless_the_user_says(
+    tmp_path: Path, versions: tuple[str, ...], said: int | None, expected: int
+) -> None:
+    factors = dict.fromkeys(versions, 2.0)
+    config = "instance_group [{count: 3 kind: KIND_CPU}]"
+    async with serving(tmp_path, factors, config=config, concurrency=said) as (instance, _):
+        assert instance.pod.servables["scale"].max_concurrency == expected

@@ -384,3 +384,30 @@ def test_all_versions_of_a_triton_folder_are_loaded_and_the_highest_is_the_lates
         assert not np.allclose(*answers)
     finally:
         model.unload()
+
+
+class Elsewhere:
+    """What a pod has beside the formats that run in it."""
+
+    model_types = ()
+
+    def predict_size_bytes(self, spec: ModelSpec) -> int:
+        raise AssertionError("nothing here runs elsewhere")
+
+    load = predict_size_bytes
+
+
+def test_what_a_model_says_in_vain_is_told_once_by_the_pod(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for version in ("1", "2"):
+        matmul(tmp_path / version / "model.onnx")
+    config = 'output { name: "y" data_type: TYPE_FP32 dims: [-1, 2] label_filename: "l.txt" }'
+    (tmp_path / "config.pbtxt").write_text(config)
+    spec = ModelSpec("named", "onnx", tmp_path)
+    pod = RuntimeRegistry(isolated=Elsewhere()).runtime_for("onnx")
+    pod.predict_size_bytes(spec)
+    pod.load(spec).unload()
+    RuntimeRegistry().runtime_for("onnx").load(spec).unload()  # as in a worker
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("model 'named': config.pbtxt: output[0].label_filename has no effect")

@@ -42,6 +42,31 @@ response_cache { enable: true }
 """
 
 
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("", None),
+        ("instance_group [{kind: KIND_CPU}]", None),
+        ("instance_group [{count: 1}]", 1),
+        ("instance_group [{count: 2 kind: KIND_GPU}, {count: 3 kind: KIND_CPU}]", 5),
+        ("instance_group [{count: 2}, {kind: KIND_CPU}]", 3),
+    ],
+)
+def test_so_many_instances_are_so_many_inferences_at_once(
+    groups: str, expected: int | None
+) -> None:
+    assert read(groups).max_concurrency == expected
+
+
+def test_a_reshape_is_said_to_have_no_effect() -> None:
+    tensor = 'name: "x" data_type: TYPE_FP32 dims: [4] reshape {shape: [2, 2]}'
+    assert read(f"input {{{tensor}}} output {{{tensor}}}").warnings == tuple(
+        f"config.pbtxt: {role}[0].reshape has no effect: clients see 'x' as the model has it, "
+        "[2, 2], and not as [4]"
+        for role in ("input", "output")
+    )
+
+
 def read(text: str, folder: Path = NOWHERE) -> ModelOptions:
     return read_model_config(text, folder)[0]
 
@@ -58,6 +83,11 @@ def test_a_whole_file_is_understood() -> None:
         ),
         outputs=(TensorSpec("prob", "FP16", (-1, 1000)),),
         max_batch_size=16,
+        max_concurrency=2,
+        warnings=(
+            "config.pbtxt: output[0].label_filename has no effect: there is no classification "
+            "extension, clients get the numbers of 'prob'",
+        ),
         max_latency_us=500,
         threads=4,
         parameters={"intra_op_thread_count": "4", "mode": "fast"},

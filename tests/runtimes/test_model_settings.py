@@ -50,12 +50,20 @@ def test_a_whole_file_is_understood() -> None:
         max_batch_size=32,
         max_latency_us=250_000,
         parameters={"format": "joblib", "content_type": "np", "mode": "fast", "top": "3"},
+        warnings=(
+            "model-settings.json: parallel_workers has no effect: the instance runs all its "
+            "models' requests in its own threads (mesh instance --threads)",
+        ),
     )
     assert read(WHOLE) == Settings(options, "fit.joblib", "v0.1.0")
 
 
 def test_an_empty_file_says_nothing() -> None:
     assert read({}) == Settings(ModelOptions(source="model-settings.json"), "", "")
+
+
+def test_no_workers_are_nothing_to_warn_of() -> None:
+    assert read({"parallel_workers": 0}).options.warnings == ()
 
 
 def test_null_is_the_same_as_absent() -> None:
