@@ -27,7 +27,7 @@ async def scripted(
     """A client of a server that answers whatever is asked with ``answer``. Its token is a file."""
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", answer)
-    runner = web.AppRunner(application, shutdown_timeout=0)
+    runner = web.AppRunner(application)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -180,9 +180,11 @@ async def test_a_watch_that_the_server_gives_up_says_so_in_the_stream(tmp_path: 
 
 
 async def test_a_silent_server_costs_a_call_its_time_out_and_says_so(tmp_path: Path) -> None:
+    over = asyncio.Event()
+
     async def answer(_: web.Request) -> web.StreamResponse:
-        await asyncio.Event().wait()
-        raise AssertionError
+        await over.wait()
+        return web.Response()
 
     async with scripted(tmp_path, answer, QUICK) as client:
         with pytest.raises(ApiAway, match=r"patch configmaps b in namespace a.*within 0.2 s"):
@@ -192,6 +194,7 @@ async def test_a_silent_server_costs_a_call_its_time_out_and_says_so(tmp_path: P
             async with aclosing(events):
                 await anext(events)
         assert client.calls_total["patch", "configmaps", 0] == 1
+        over.set()
 
 
 async def test_writes_beyond_the_limit_wait_for_their_turn_not_for_their_time_out(
