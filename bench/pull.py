@@ -1,10 +1,10 @@
 """(8) A pull from S3 on loopback against the best raw client of the same run.
 
 The store is ``bench.s3_server`` on one core, each client a process of its own on the other. The
-raw clients only write the same bytes to a file on the same disk; the mesh also plans ranges, keeps a
-journal, reserves room and publishes. Nobody waits for the disk to have them for sure: the mesh does
-that after it has handed the artifact out, and until then believes it only as long as the machine is
-up. The object's ETag is that of an upload in parts, which is how tools upload anything
+raw clients only write the same bytes to a file on the same disk; the mesh also plans ranges, keeps
+a journal, reserves room and publishes. Nobody waits for the disk to have them for sure: the mesh
+does that after it has handed the artifact out, and until then believes it only as long as the
+machine is up. The object's ETag is that of an upload in parts, which is how tools upload anything
 large; a row of its own shows one with an MD5, which the mesh checks and nobody else here does.
 """
 
