@@ -27,8 +27,9 @@ def test_a_status_comes_by_the_subresource_only(
 ) -> None:
     path = path_of(kind, namespace, namespace)
     status = {"observedGeneration": 1}
-    assert "status" not in kube.request("PATCH", path, {"status": status}, content_type=MERGE)
-    assert "status" not in kube.request("PUT", path, {**created, "status": status})
+    patched = kube.request("PATCH", path, {"status": status}, content_type=MERGE)
+    assert "status" not in patched
+    assert "status" not in kube.request("PUT", path, {**patched, "status": status})
 
     both = {"status": status, "spec": {"colour": "red"}}
     written = kube.request("PATCH", f"{path}/status", both, content_type=MERGE)
