@@ -117,6 +117,20 @@ def terms(record: Wished, model: Wished, policy: Policy) -> Terms:
     )
 
 
+def waits_elsewhere(spent: Times) -> bool:
+    """For a device or a socket, rather than for a core."""
+    return spent.cpu_ns < _WAITS_SHARE * spent.wall_ns
+
+
+def beside(running: int, inside: int, waiting: int, cores: int, *, waits: bool) -> bool:
+    """Whether the ``waiting`` requests start a joined run beside the ``running`` ones, which have
+    ``inside`` in them. Fewer runs with more rows in each cost less; beyond one a core, runs that
+    compute only take the core from each other."""
+    if not running:
+        return True
+    return waiting >= inside and (waits or running < cores)
+
+
 def begun(fits: bool, wanted: Terms) -> Standing:
     """``fits``: the first axis of every input and output is free."""
     if not fits:
@@ -218,7 +232,7 @@ def _gain(trial: Trial) -> float:
     """How many times as long a request takes alone as joined, by the time that tells."""
     assert trial.joined is not None
     apart, together = trial.apart, trial.joined
-    waits = apart.cpu_ns < _WAITS_SHARE * apart.wall_ns
+    waits = waits_elsewhere(apart)
     alone_ns, joined_ns = (
         (apart.wall_ns, together.wall_ns) if waits else (apart.cpu_ns, together.cpu_ns)
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mesh.core import batching as core
-from mesh.core.batching import Stage, Standing, Terms, Trial, Wished
+from mesh.core.batching import Stage, Standing, Terms, Times, Trial, Wished
 from mesh.core.errors import Internal
 from mesh.core.policy import Policy
 from mesh.oip.call import InferCall
@@ -56,23 +56,6 @@ def fits(metadata: ModelMetadata) -> bool:
 
 def _free(spec: TensorSpec) -> bool:
     return not spec.any_rank and bool(spec.shape) and spec.shape[0] == -1
-
-
-def rows_of(call: InferCall, metadata: ModelMetadata) -> int:
-    """Rows of a request; 0: it cannot be joined with others."""
-    inputs = call.inputs
-    if metadata.accepts_any_input:
-        # Of another form than is advertised: a flat array may be one row, or many.
-        ranks = [len(spec.shape) for spec in metadata.inputs]
-        if [array.ndim for array in inputs.values()] != ranks:
-            return 0
-    rows = -1
-    for array in inputs.values():
-        shape = array.shape
-        if not shape or rows not in (-1, shape[0]):
-            return 0
-        rows = shape[0]
-    return max(rows, 0)
 
 
 def alike(one: InferCall, other: InferCall) -> bool:
@@ -178,19 +161,21 @@ def other_row(inputs: Inputs) -> dict[str, Array] | None:
 
 
 class Batching:
-    """One copy's. ``on``: what waits together is joined. ``next_trial``: a trial is due when so
-    many requests have been answered. ``held``: requests that this turn of the loop (or the time
-    that the owner states) collects; ``hold_from``: worth trying when so many are answered."""
+    """One copy's. ``fits``: the first axis of all its tensors is free, so that it answers by rows.
+    ``on``: what waits together is joined. ``next_trial``: a trial is due when so many requests have
+    been answered. ``held``: requests that this turn of the loop (or the time that the owner states)
+    collects; ``hold_from``: worth trying when so many are answered."""
 
     __slots__ = (
         "_crowd",
-        "_fits",
         "_gather_until_ns",
+        "_gathered",
         "_last_ns",
         "_lone",
         "_model",
         "_quiet",
         "_quiet_until",
+        "fits",
         "held",
         "held_rows",
         "hold_from",
@@ -206,25 +191,28 @@ class Batching:
         "terms",
         "timer",
         "trying",
+        "waits",
     )
 
     def __init__(self, metadata: ModelMetadata, model: Wished, *, remote: bool = False) -> None:
-        self._fits = not remote and fits(metadata)
+        self.fits = not remote and fits(metadata)
         self._model = model
         self._lone = 0  # times in a row that only one request was held
         self._quiet = _QUIET_FIRST
         self._quiet_until = 0
         self._crowd = 0  # requests that the next run may have
         self._gather_until_ns = 0
+        self._gathered = 0  # requests that waited when it was last looked
         self._last_ns = 0  # time of the last joined run
         self.terms = Terms(0)
-        self.standing = core.begun(self._fits, self.terms)
+        self.standing = core.begun(self.fits, self.terms)
         self.held: list[Job] = []
         self.held_rows = 0
         self.timer: asyncio.Handle | None = None  # its end lets go of what is held
         self.inside = 0  # requests of this copy in threads
         self.trying = False  # a trial is under way
         self.resuming = False  # its queue is looked at in the next turn
+        self.waits = False  # its runs wait for something else than a core
         self.joined_ns: dict[int, int] = {}  # time of a joined run, by the class of its rows
         self.joined_runs = self.joined_requests = self.joined_rows = 0
         self.on = False
@@ -234,7 +222,7 @@ class Batching:
     def use(self, record: Wished, policy: Policy) -> None:
         """What the model's record says, and the thresholds, from now on."""
         before, self.terms = self.terms, core.terms(record, self._model, policy)
-        self.stand(core.changed(self.standing, self._fits, before, self.terms))
+        self.stand(core.changed(self.standing, self.fits, before, self.terms))
 
     def stand(self, standing: Standing) -> None:
         self.standing = standing
@@ -259,8 +247,9 @@ class Batching:
     def blame(self, requests: int) -> None:
         self.stand(core.blamed(self.standing, requests))
 
-    def ran(self, requests: int, rows: int, elapsed_ns: int) -> None:
+    def ran(self, requests: int, rows: int, spent: Times) -> None:
         """A joined run went well."""
+        elapsed_ns, self.waits = spent.cpu_ns, core.waits_elsewhere(spent)
         self.joined_runs += 1
         self.joined_requests += requests
         self.joined_rows += rows
@@ -275,14 +264,19 @@ class Batching:
     ) -> None:
         """A run has: those who were answered, from ``since_ns`` on, may ask again at once."""
         self._crowd = min(answered + waiting, self.standing.rows)
+        self._gathered = waiting
         share = policy.batch_gather_share if self._crowd > 1 else 0.0
         # So many may never have run: as many as there were take no longer.
         next_ns = self.predicted_ns(self._crowd) or self._last_ns
         self._gather_until_ns = now_ns + int((next_ns + now_ns - since_ns) * share)
 
     def gathering_ns(self, waiting: int, now_ns: int) -> int:
-        """How much longer the next run may wait for them."""
-        return 0 if waiting >= self._crowd else self._gather_until_ns - now_ns
+        """How much longer the next run may wait for them; as long as each look finds more of them
+        it is worth another, since they are coming."""
+        before, self._gathered = self._gathered, waiting
+        if waiting >= self._crowd:
+            return 0
+        return max(self._gather_until_ns - now_ns, int(waiting > before))
 
     def learn(self, rows: int, elapsed_ns: int) -> None:
         """Moves quickly down and slowly up, as the copy's other times do."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 from bisect import bisect_left
 from collections import deque
@@ -32,6 +33,7 @@ from queue import SimpleQueue
 from time import monotonic, perf_counter_ns
 from typing import Final
 
+from mesh.core.batching import beside
 from mesh.core.errors import DeadlineExceeded, MeshError, ResourceExhausted
 from mesh.core.policy import Policy
 from mesh.instance.forms import Form, Sink
@@ -39,7 +41,7 @@ from mesh.instance.job import Job, JoinedJob, unexpected
 from mesh.instance.joining import Joining
 from mesh.instance.servable import INLINE_BYTES_MAX, Servable
 from mesh.metrics import Histogram, InstanceMetrics
-from mesh.oip.call import InferCall
+from mesh.oip.call import InferCall, rows_of
 from mesh.runtimes.api import ModelLost, Tensor
 
 log = logging.getLogger(__name__)
@@ -54,10 +56,11 @@ NOT_HERE: Final = (("mesh-error", "not-here"),)
 
 
 class Executor:
-    """See the module's docstring. ``on_idle(model_id)`` is called when a copy's last request in
-    flight has ended and ``idle_wanted()`` says that somebody waits for that, ``on_lost(model_id)``
-    when its runtime says that it has the model no more, ``on_batching(model_id, reason, detail)``
-    when its requests are joined from now on, or no more."""
+    """See the module's docstring. ``cores``: for inference; 0: all that this process may use.
+    ``on_idle(model_id)`` is called when a copy's last request in flight has ended and
+    ``idle_wanted()`` says that somebody waits for that, ``on_lost(model_id)`` when its runtime says
+    that it has the model no more, ``on_batching(model_id, reason, detail)`` when its requests are
+    joined from now on, or no more."""
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class Executor:
         *,
         on_idle: Callable[[str], None],
         idle_wanted: Callable[[], bool],
+        cores: int = 0,
         on_lost: Callable[[str], None] = lambda model_id: None,
         on_batching: Callable[[str, str, str], None] = lambda model_id, reason, detail: None,
     ) -> None:
@@ -92,6 +96,7 @@ class Executor:
         self._done: deque[Job | JoinedJob] = deque()
         self._woken = False
         self._thread_count = threads
+        self._cores = cores or len(os.sched_getaffinity(0))
         self._per_copy = max(1, threads - 1)
         self._threads = [
             threading.Thread(target=self._worker, name=f"infer-{n}", daemon=True)
@@ -179,6 +184,8 @@ class Executor:
         else:
             statistics = servable.statistics
             statistics.success_count += 1
+            rows = head.rows
+            statistics.rows += rows if rows > 0 else rows_of(call, servable.metadata) or 1
             statistics.success_ns += ended_ns - arrived_ns
             statistics.decode_ns += decoded_ns - started_ns
             statistics.infer_ns += inferred_ns - decoded_ns
@@ -331,9 +338,12 @@ class Executor:
         limit = min(servable.max_concurrency, self._per_copy)
         batch = servable.batch
         if batch.on and (
-            batch.resuming or (servable.running and len(servable.queue) < batch.inside)
+            batch.resuming
+            or not beside(
+                servable.running, batch.inside, len(servable.queue), self._cores, waits=batch.waits
+            )
         ):
-            return  # fewer at once, and more in each: these wait for what is inside
+            return  # these wait for what is inside
         if servable.queue and not servable.queued_ready and servable.running < limit:
             servable.queued_ready = True
             self._ready.append(servable)
@@ -435,6 +445,7 @@ class Executor:
         ended_ns = perf_counter_ns()
         waited_ns = job.started_ns - job.queued_ns
         statistics.success_count += 1
+        statistics.rows += rows_of(_call(job), servable.metadata) or 1
         statistics.success_ns += ended_ns - job.queued_ns
         statistics.queue_count += 1
         statistics.queue_ns += waited_ns
@@ -460,6 +471,7 @@ class Executor:
         duration_ns = perf_counter_ns() - job.queued_ns
         statistics = servable.statistics
         statistics.success_count += 1
+        statistics.rows += job.rows or 1
         statistics.success_ns += duration_ns
         self._answered(servable, job.method).observe(duration_ns / 1e6)
 

@@ -98,7 +98,7 @@ class JoinedJob:
     what they are answered with, and joined. ``blamed``: the joined run failed, and alone none did.
     ``broken``: how it has failed already, in the event loop."""
 
-    __slots__ = ("blamed", "broken", "jobs", "rows", "servable", "spent_ns", "trial", "trying")
+    __slots__ = ("blamed", "broken", "jobs", "rows", "servable", "spent", "trial", "trying")
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class JoinedJob:
         self.broken = broken
         self.trial: Trial | None = None
         self.blamed = False
-        self.spent_ns = 0  # processor time of the joined run; 0: it did not go well
+        self.spent: Times | None = None  # by the joined run; None: it did not go well
 
     def run(self) -> None:
         """In a worker thread."""
@@ -133,8 +133,9 @@ class JoinedJob:
             self._run_apart(error)
             return
         count = len(self.jobs)
-        share_ns = (perf_counter_ns() - started_ns) // count
-        self.spent_ns = max(1, thread_time_ns() - started_cpu_ns)
+        wall_ns, cpu_ns = perf_counter_ns() - started_ns, thread_time_ns() - started_cpu_ns
+        share_ns = wall_ns // count
+        self.spent = Times(wall_ns, max(1, cpu_ns))
         for job, tensors in zip(self.jobs, answers, strict=True):
             job.started_ns, job.spent_ns, job.shared = started_ns, share_ns, True
             job.tensors = tensors

@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
+from mesh.core.batching import Times
 from mesh.core.errors import MeshError
-from mesh.instance.batching import alike, rows_of
+from mesh.instance.batching import alike
 from mesh.instance.forms import Form, Sink
 from mesh.instance.job import Job, JoinedJob, infer_joined, unexpected
 from mesh.instance.servable import Servable
 from mesh.metrics import InstanceMetrics
+from mesh.oip.call import rows_of
 
 if TYPE_CHECKING:
     from mesh.instance.executor import Executor
@@ -135,7 +137,7 @@ class Joining:
         if alone:
             servable.learn(size_class, run_ns)
         else:
-            batch.ran(len(jobs), rows, run_ns)
+            batch.ran(len(jobs), rows, Times(run_ns, run_ns))
         self._metrics.observe("batch_size", rows, servable.model_id)
         statistics = servable.statistics
         statistics.infer_ns += run_ns
@@ -206,8 +208,8 @@ class Joining:
             batch.judge(run.trial, answered, self._executor.policy)
         elif run.blamed:
             batch.blame(answered)
-        elif run.spent_ns:
-            batch.ran(len(run.jobs), run.rows, run.spent_ns)
+        elif run.spent is not None:
+            batch.ran(len(run.jobs), run.rows, run.spent)
             self._metrics.observe("batch_size", run.rows, servable.model_id)
         now = batch.standing
         if (now.stage, now.reason) != (before.stage, before.reason):

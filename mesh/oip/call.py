@@ -43,7 +43,8 @@ class InferHead:
     """What a request says apart from its tensors and its id; shared by equal requests.
 
     ``raw`` is the form of the reply: gRPC's raw_output_contents, REST's binary tensors.
-    ``output_names`` are those of ``outputs``; empty means every output.
+    ``output_names`` are those of ``outputs``; empty means every output. ``rows`` is ``rows_in``
+    of the tensors, which equal requests share as well; -1: nobody has looked.
     """
 
     model_name: str = ""
@@ -53,6 +54,7 @@ class InferHead:
     output_names: tuple[str, ...] = ()
     raw: bool = True
     classified: bool = False
+    rows: int = -1
 
 
 class InferCall(NamedTuple):
@@ -77,6 +79,28 @@ class InferCall(NamedTuple):
     @property
     def parameters(self) -> Mapping[str, ParameterValue]:
         return self.head.parameters
+
+
+def rows_in(inputs: Mapping[str, Array], metadata: ModelMetadata) -> int:
+    """The first axis of all inputs, where it is the same; 0: it is not, or none can be told."""
+    if metadata.accepts_any_input:
+        # Of another form than is advertised: a flat array may be one row, or many.
+        ranks = [len(spec.shape) for spec in metadata.inputs]
+        if [array.ndim for array in inputs.values()] != ranks:
+            return 0
+    rows = -1
+    for array in inputs.values():
+        shape = array.shape
+        if not shape or rows not in (-1, shape[0]):
+            return 0
+        rows = shape[0]
+    return max(rows, 0)
+
+
+def rows_of(call: InferCall, metadata: ModelMetadata) -> int:
+    """Rows of a request; 0: it cannot be joined with others."""
+    rows = call.head.rows
+    return rows if rows >= 0 else rows_in(call.inputs, metadata)
 
 
 def check_names(found: Sequence[str], metadata: ModelMetadata) -> None:

@@ -36,6 +36,7 @@ from mesh.oip.call import (
     finish_outputs,
     refuse_shared_memory,
     requested_outputs,
+    rows_in,
 )
 from mesh.oip.datatypes import DATATYPES, Array, DataType, datatype
 from mesh.oip.protobuf_fields import top_level_fields, varint
@@ -370,11 +371,12 @@ def decode_request(request: oip_pb2.ModelInferRequest, metadata: ModelMetadata) 
                 f"a request must use one form for all of its inputs"
             )
         inputs[name] = decode_raw(raw_contents[index], kind, shape, of=of)
-    return InferCall(inputs, request.id, _decode_head(request, bool(raw_contents), metadata))
+    rows = rows_in(inputs, metadata)
+    return InferCall(inputs, request.id, _decode_head(request, bool(raw_contents), rows, metadata))
 
 
 def _decode_head(
-    request: oip_pb2.ModelInferRequest, raw: bool, metadata: ModelMetadata
+    request: oip_pb2.ModelInferRequest, raw: bool, rows: int, metadata: ModelMetadata
 ) -> InferHead:
     outputs: list[RequestedOutput] = []
     for output in request.outputs:
@@ -395,6 +397,7 @@ def _decode_head(
         output_names=tuple(output.name for output in checked),
         raw=raw or not request.inputs,
         classified=any(output.classification for output in checked),
+        rows=rows,
     )
 
 

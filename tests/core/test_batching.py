@@ -17,6 +17,7 @@ from mesh.core.batching import (
     Trial,
     Wished,
     begun,
+    beside,
     blamed,
     changed,
     joined,
@@ -116,6 +117,23 @@ BUSY = Trial(8, Times(8_000 * US, 2_000 * US), Times(1_000 * US, 1_990 * US))
 def test_after_a_trial(standing: Standing, found: Trial, stage: Stage, reason: Reason) -> None:
     after = judged(standing, found, 30, POLICY)
     assert (after.stage, after.reason) == (stage, reason)
+
+
+@pytest.mark.parametrize(
+    ("running", "inside", "waiting", "cores", "waits", "expected"),
+    [
+        pytest.param(0, 0, 1, 1, False, True, id="nothing runs"),
+        pytest.param(1, 8, 7, 4, False, False, id="fewer wait than are inside"),
+        pytest.param(1, 8, 8, 4, False, True, id="as many wait, and a core is free"),
+        pytest.param(1, 8, 64, 1, False, False, id="no core is free"),
+        pytest.param(1, 8, 64, 1, True, True, id="no core is needed"),
+        pytest.param(1, 8, 7, 1, True, False, id="none is needed, but fewer wait"),
+    ],
+)
+def test_a_joined_run_starts_beside_others(
+    running: int, inside: int, waiting: int, cores: int, waits: bool, expected: bool
+) -> None:
+    assert beside(running, inside, waiting, cores, waits=waits) is expected
 
 
 def test_joined_runs_that_fail_alone_are_given_up() -> None:

@@ -137,7 +137,7 @@ def values(message: bytes) -> tuple[str, dict[str, list[Any]]]:
 
 
 class Rig:
-    def __init__(self, model: RowModel, policy: Policy, threads: int) -> None:
+    def __init__(self, model: RowModel, policy: Policy, threads: int, cores: int) -> None:
         self.model = model
         self.policy = policy
         self.changes: list[tuple[str, str]] = []
@@ -149,6 +149,7 @@ class Rig:
             Clock().offset_ms,
             on_idle=lambda model_id: None,
             idle_wanted=lambda: False,
+            cores=cores,
             on_batching=lambda model_id, reason, _: self.changes.append((model_id, reason)),
         )
         self.servable = Servable("m", "rows", model, Use(), 64)
@@ -184,9 +185,11 @@ class Rig:
 
 
 @asynccontextmanager
-async def executing(model: RowModel, *, threads: int = 2, **policy: Any) -> AsyncIterator[Rig]:
+async def executing(
+    model: RowModel, *, threads: int = 2, cores: int = 2, **policy: Any
+) -> AsyncIterator[Rig]:
     """With two threads a copy has one run at a time: the second is for others."""
-    rig = Rig(model, replace(Policy(), **{"inline_max_us": 0, **policy}), threads)
+    rig = Rig(model, replace(Policy(), **{"inline_max_us": 0, **policy}), threads, cores)
     try:
         yield rig
         await rig.quiet()

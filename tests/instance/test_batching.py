@@ -74,6 +74,24 @@ async def test_a_quick_joined_run_is_in_the_event_loop() -> None:
         assert rig.model.runs == [(5, "MainThread")]
 
 
+@pytest.mark.parametrize(
+    ("cores", "waits", "running"), [(1, False, 1), (2, False, 2), (1, True, 3)]
+)
+async def test_runs_that_compute_are_no_more_than_cores(
+    cores: int, waits: bool, running: int
+) -> None:
+    async with executing(RowModel(doubled), threads=4, cores=cores) as rig:
+        rig.state(64)
+        rig.servable.collects = False
+        rig.servable.batch.waits = waits
+        rig.model.gate.clear()
+        replies = [rig.submit(request(row(n))) for n in range(9)]
+        assert rig.servable.running == running
+        rig.model.gate.set()
+        assert await answers(replies) == [[[2.0 * n, 2.0]] for n in range(9)]
+        assert len(rig.rows) == running + 1
+
+
 async def test_more_rows_than_may_be_joined_are_several_runs() -> None:
     async with executing(RowModel(doubled)) as rig:
         rig.state(4)
@@ -283,7 +301,7 @@ async def test_statistics_metrics_and_describe_tell_of_joined_runs(tmp_path: Pat
         asked = oip_pb2.ModelStatisticsRequest(name="m")
         told = await client.ask("ModelStatistics", asked, oip_pb2.ModelStatisticsResponse)
         found = told.model_stats[0]
-        assert found.inference_count == 6
+        assert (found.inference_stats.success.count, found.inference_count) == (6, 12)  # rows
         assert found.execution_count == len(rig.runtime.calls) < 6
         batching = describe(rig.pod, "m")["batching"]
         assert (batching["state"], batching["reason"]) == ("ON", "stated")

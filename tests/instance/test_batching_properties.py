@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.core.errors import DeadlineExceeded, InvalidArgument
-from mesh.instance.batching import agree, alike, all_equal, fits, join, other_row, rows_of, split
-from mesh.oip.call import InferCall, InferHead
+from mesh.instance.batching import agree, alike, all_equal, fits, join, other_row, split
+from mesh.oip.call import InferCall, InferHead, rows_of
 from mesh.runtimes.api import ModelMetadata, Tensor, TensorSpec
 from tests.instance.joined import POISON, Reply, RowModel, doubled, executing, past, request
 

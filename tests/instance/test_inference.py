@@ -378,7 +378,8 @@ async def test_statistics_count_what_was_served(tmp_path: Path) -> None:
         )
         stats = {s.name: s for s in reply.model_stats}
         assert set(stats) == {"m", "n"}
-        assert stats["m"].inference_count == 3
+        assert stats["m"].inference_stats.success.count == 3
+        assert (stats["m"].inference_count, stats["m"].execution_count) == (9, 3)  # rows, runs
         assert stats["m"].inference_stats.success.ns > 0
         assert stats["m"].inference_stats.compute_infer.ns > 0
         assert stats["m"].inference_stats.fail.count == 1
