@@ -472,7 +472,7 @@ def rfc3339(at_ms: int) -> str:
 
 def same_status(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
     """Whether they say the same, whenever it was that it became so."""
-    return bool(_timeless(one or {}) == _timeless(other or {}))
+    return one == other or bool(_timeless(one or {}) == _timeless(other or {}))
 
 
 def _timeless(value: object) -> object:

@@ -150,9 +150,9 @@ class Mesh:
             applied = replace(applied, alias=replace(applied.alias, awaits_load=True))
         return await self._catalog.apply(applied)
 
-    async def unregister(self, name: str) -> bool:
-        """Whether it was there. Its models go with it, unless others name them."""
-        existed, _ = await self._catalog.delete(name)
+    async def unregister(self, name: str, owner: str) -> bool:
+        """Whether it was there and that owner's. Models that others name stay."""
+        existed, _ = await self._catalog.delete(name, owner=owner)
         return existed
 
     async def forget_failures(self, model_ids: Collection[str]) -> None:

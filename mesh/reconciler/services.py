@@ -234,7 +234,7 @@ class _Turn:
                                 action.applied.model.model_id)  # fmt: skip
                 return True
             case Unregister():
-                await self.mesh.unregister(action.name)
+                await self.mesh.unregister(action.name, action.owner)
                 logger.info("%s/%s: unregistered", self.namespace, self.name)
                 return True
             case Emit():

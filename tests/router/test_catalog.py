@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from mesh import registry
-from mesh.catalog import Catalog
+from mesh.catalog import Catalog, is_applied
 from mesh.core.errors import AlreadyExists, FailedPrecondition, Unavailable
 from mesh.core.types import FailureRecord, ModelRecord, VModelRecord
 from mesh.core.view import ClusterView
@@ -183,6 +184,44 @@ async def test_delete_keeps_what_others_name_and_what_was_registered_by_itself(
     assert await desk.catalog.delete("b") == (True, ("shared",))
     assert await desk.catalog.delete("direct") == (True, ("direct",))
     assert await desk.catalog.delete("direct") == (False, ())
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        pytest.param((ModelRecord("n", "onnx"),), id="a model of that id"),
+        pytest.param((VModelRecord("n", "m", "m", owner="ksp"),), id="another's alias"),
+        pytest.param((), id="nothing"),
+    ],
+)
+async def test_an_owner_deletes_nothing_but_its_own_alias(desk: Desk, there: Any) -> None:
+    desk.see(*there)
+    assert await desk.catalog.delete("n", owner="isvc") == (False, ())
+    assert [desk.stored(registry.key_of(record)) for record in there] == list(there)
+    assert (await desk.catalog.delete("n", owner="ksp"))[0] is isinstance(
+        next(iter(there), None), VModelRecord
+    )
+
+
+@pytest.mark.parametrize("change", ["nothing", "spec", "scaling", "manifest", "owner", "gone"])
+async def test_what_is_applied_is_what_apply_leaves_alone(desk: Desk, change: str) -> None:
+    wanted = applied("n", "n-1")
+    assert not is_applied(wanted, None, None)
+    await desk.catalog.apply(wanted)
+    match change:
+        case "spec":
+            wanted = applied("n", "n-2")
+        case "scaling":
+            wanted = applied("n", "n-1", min_copies=3)
+        case "manifest":
+            wanted = applied("n", "n-1", manifest='{"a": 1}')
+        case "owner":
+            wanted = replace(wanted, alias=replace(wanted.alias, owner="ksp"))
+        case "gone":
+            desk.view.delete_model("n-1")
+    alias = desk.view.vmodels["n"]
+    model = desk.view.models.get(alias.target_model_id)
+    assert is_applied(wanted, alias, model) is (change == "nothing")
 
 
 async def test_an_orphan_is_deleted_but_not_one_that_was_just_named(desk: Desk) -> None:
