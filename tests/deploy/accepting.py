@@ -26,7 +26,6 @@ _REGISTRY: Final = Registry().with_resource(
 # Kinds in the order in which others need them, with their plural and whether they have namespaces.
 _PLURALS: Final = {
     "Namespace": ("namespaces", False),
-    "CustomResourceDefinition": ("customresourcedefinitions", False),
     "ServiceAccount": ("serviceaccounts", True),
     "Role": ("roles", True),
     "RoleBinding": ("rolebindings", True),
@@ -58,7 +57,7 @@ def check_schema(obj: dict[str, Any]) -> None:
 def check_accepted(kube: KubeServer, obj: dict[str, Any], namespace: str) -> None:
     """The API server takes the object whole, into ``namespace``. Raises Refused or AssertionError.
 
-    It makes nothing. An object that is there already (the project's CRDs) is replaced, dry as well.
+    It makes nothing.
     """
     plural, namespaced = _PLURALS[obj["kind"]]
     version = obj["apiVersion"]
@@ -67,14 +66,14 @@ def check_accepted(kube: KubeServer, obj: dict[str, Any], namespace: str) -> Non
     if namespaced:
         path += f"/namespaces/{namespace}"
         obj = {**obj, "metadata": {**obj["metadata"], "namespace": namespace}}
-    # Apply, for an object that may be there; the manager's name is the test's.
     got = kube.request(
         "PATCH",
         f"{path}/{plural}/{name}?dryRun=All&fieldManager=test&force=true",
         obj,
         content_type="application/apply-patch+yaml",
     )
-    assert list(lost(obj, got)) == []
+    missing = list(lost(obj, got))
+    assert not missing, f"{obj['kind']} {name}: {missing}"
 
 
 def lost(sent: Any, got: Any, path: str = "") -> Iterator[str]:
