@@ -61,6 +61,9 @@ class ServiceKey:
     namespace: str
     name: str
 
+    def __str__(self) -> str:
+        return f"{self.resource.kind} {self.namespace}/{self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class SpaceKey:
@@ -68,12 +71,18 @@ class SpaceKey:
 
     namespace: str
 
+    def __str__(self) -> str:
+        return f"pods of {self.namespace}"
+
 
 @dataclass(frozen=True, slots=True)
 class SecretKey:
     """The storage secret of a namespace."""
 
     namespace: str
+
+    def __str__(self) -> str:
+        return f"storage secret of {self.namespace}"
 
 
 WorkKey = ServiceKey | SpaceKey | SecretKey
@@ -183,6 +192,9 @@ class Controller:
 
     def resource(self, kind: Resource, namespace: str, name: str) -> Obj | None:
         return self._watched[kind].get(namespace, name)
+
+    def learn(self, kind: Resource, obj: Obj) -> None:
+        self._watched[kind].learn(obj)
 
     def runtimes(self, namespace: str) -> list[RuntimeSource]:
         """Its own, then the cluster's whose name is not taken; those that cannot be read are left

@@ -112,6 +112,13 @@ class Informer:
     def get(self, namespace: str, name: str) -> Obj | None:
         return self.store.get((namespace, name))
 
+    def learn(self, obj: Obj) -> None:
+        """What a write has returned, so that the next look is not at what was there before it. Its
+        event comes as well, and is no news then."""
+        key = key_of(obj)
+        if _is_newer(obj, self.store.get(key)):
+            self.store[key] = self._reduce(obj)
+
     async def run(self) -> None:
         """Until cancelled."""
         while True:
@@ -216,8 +223,10 @@ class Informer:
         key = key_of(event.object)
         if event.type == "DELETED":
             self.store.pop(key, None)
-        else:
+        elif _is_newer(event.object, self.store.get(key)):
             self.store[key] = self._reduce(event.object)
+        else:
+            return  # of a write of our own that was learnt of
         self._tell(key)
 
     def _reduce(self, obj: Obj) -> Obj:
@@ -238,3 +247,11 @@ class Informer:
 
 def _version(obj: Obj | None) -> object:
     return None if obj is None else (obj["metadata"].get("uid"), obj["metadata"]["resourceVersion"])
+
+
+def _is_newer(obj: Obj, known: Obj | None) -> bool:
+    """Versions are opaque but for this: of one object, those of one etcd are numbers that grow."""
+    if known is None or known["metadata"].get("uid") != obj["metadata"].get("uid"):
+        return True
+    new, old = obj["metadata"]["resourceVersion"], known["metadata"]["resourceVersion"]
+    return not (new.isdigit() and old.isdigit()) or int(new) > int(old)

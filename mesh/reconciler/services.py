@@ -66,6 +66,9 @@ class Cluster(Protocol):
 
     def resource(self, kind: Resource, namespace: str, name: str) -> Obj | None: ...
 
+    def learn(self, kind: Resource, obj: Obj) -> None:
+        """What a write has returned."""
+
     def resources(self, namespace: str) -> list[Obj]:
         """Every InferenceService and Predictor of a namespace."""
 
@@ -164,6 +167,14 @@ class Services:
 
     async def write(self, turn: _Turn, action: AddFinalizer | RemoveFinalizer | WriteStatus) -> Obj:
         """The resource as it is now. Raises ApiError; ApiNotFound where it is gone."""
+        found = await self._write(turn, action)
+        if not isinstance(action, RemoveFinalizer):  # which may have been the end of it
+            self._cluster.learn(turn.kind, found)
+        return found
+
+    async def _write(
+        self, turn: _Turn, action: AddFinalizer | RemoveFinalizer | WriteStatus
+    ) -> Obj:
         assert turn.resource is not None
         resource, kind = turn.resource, turn.kind
         if isinstance(action, WriteStatus):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from mesh.core.errors import MeshError
-from mesh.reconciler.kube_errors import ApiAway, ApiError
+from mesh.reconciler.kube_errors import ApiAway, ApiConflict, ApiError
 
 logger = logging.getLogger(__name__)
 
@@ -224,9 +224,11 @@ class WorkQueue(Generic[K]):
 
 
 def _log_failure(name: str, key: object, error: Exception, delay_ms: int) -> None:
-    # What the API server refuses explains itself; anything else is a defect and shows where.
+    # What the API server refuses explains itself; anything else is a defect and shows where. A
+    # conflict is how two writers meet, and no fault.
     known = isinstance(error, ApiError | MeshError)
-    logger.warning(
+    logger.log(
+        logging.DEBUG if isinstance(error, ApiConflict) else logging.WARNING,
         "%s: %s failed, again in %.1f s: %s",
         name,
         key,
