@@ -44,6 +44,7 @@ from mesh.serving_runtime import runtime_label
 Obj = dict[str, Any]
 
 FINALIZER: Final = "mesh.serving/registry"
+FIELDS_NOT_ACTED_ON: Final = "FieldsNotActedOn"  # the reason of an event
 # The registry's return is told of by its own events; this is for when one is missed.
 RETRY_MS: Final = 30_000
 _WARNING_CHARS: Final = 1_000  # an Event takes 1,024
@@ -321,7 +322,7 @@ def _tell(
     if warnings and generation > max(
         observed.warned_generation, before.get("observedGeneration") or 0
     ):
-        yield Emit("Warning", "FieldsNotActedOn", "; ".join(warnings)[:_WARNING_CHARS])
+        yield Emit("Warning", FIELDS_NOT_ACTED_ON, "; ".join(warnings)[:_WARNING_CHARS])
     failure, known = _failure_of(status), _failure_of(before)
     if failure and (failure.get("reason"), failure.get("message")) != (
         known.get("reason"),

@@ -29,6 +29,7 @@ from mesh.reconciler.kube_resources import (
 )
 from mesh.reconciler.meshes import Mesh
 from mesh.reconciler.plan import (
+    FIELDS_NOT_ACTED_ON,
     FINALIZER,
     Action,
     AddFinalizer,
@@ -45,7 +46,7 @@ from mesh.reconciler.plan import (
 )
 from mesh.reconciler.storage import data_of
 from mesh.reconciler.work_queue import Again
-from mesh.reconciler.workload_source import RuntimeSource
+from mesh.reconciler.workload_source import RuntimeSource, refusal
 from mesh.runtime_selection import RuntimeOffer
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,11 @@ class Services:
                 config.storage_secret, namespace, keys, readable=self._cluster.known(SECRETS)
             ),
             now_ms=now_ms,
-            offers=[_offer(one) for one in self._cluster.runtimes(namespace)],
+            offers=[
+                _offer(one)
+                for one in self._cluster.runtimes(namespace)
+                if _can_have_pods(one)
+            ],
             registry_reachable=mesh.synced and mesh.reachable,
             take_all=config.take_all,
             warned_generation=self._warned.get(turn.key, 0),
@@ -251,8 +256,9 @@ class _Turn:
             case Emit():
                 if self.resource is not None:
                     self._services.emit(self.resource, action)
-                    generation = self.resource["metadata"].get("generation", 0)
-                    self._services.warned(self.key, generation)
+                    if action.reason == FIELDS_NOT_ACTED_ON:
+                        generation = self.resource["metadata"].get("generation", 0)
+                        self._services.warned(self.key, generation)
                 return False
             case Retry():
                 self.again = Again(action.after_ms / 1_000)
@@ -269,6 +275,13 @@ def is_ours(mesh: Mesh | None, kind: Resource, name: str) -> bool:
         and alias.owner == OWNER_OF[kind.kind]
         and bool(applied_uid(alias.manifest))
     )
+
+
+def _can_have_pods(source: RuntimeSource) -> bool:
+    """Of the others, those that are disabled or not multiModel are refused by name, with KServe's
+    reasons."""
+    refused = refusal(source)
+    return refused is None or refused.reason in ("RuntimeDisabled", "SingleModelRuntime")
 
 
 def _offer(source: RuntimeSource) -> RuntimeOffer:
