@@ -6,6 +6,7 @@ from typing import Any
 
 from mesh.instance.batching import Batching
 from mesh.instance.pod import Pod
+from mesh.runtimes.api import InternalModel
 
 
 def describe(pod: Pod, model_id: str) -> dict[str, Any]:
@@ -51,6 +52,13 @@ def describe(pod: Pod, model_id: str) -> dict[str, Any]:
             },
             batching=_batching(servable.batch),
         )
+        if isinstance(servable.remote, InternalModel) and servable.remote.ends.count:
+            ends = servable.remote.ends
+            document.update(
+                process_ends=ends.count,
+                process_ended_at_ms=ends.last_at_ms,
+                process_end=f"its process {ends.last_cause}",
+            )
     document["instance"] = {
         "capacity_bytes": pod.cache.config.capacity_bytes,
         "used_bytes": pod.cache.used_bytes,

@@ -187,9 +187,21 @@ class RemoteModel(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessEnds:
+    """How often a model's process has ended while it was wanted, and how the last time."""
+
+    count: int = 0
+    last_at_ms: int = 0  # since the epoch
+    last_cause: str = ""
+
+
 @runtime_checkable
 class InternalModel(Protocol):
     """A remote model whose process is ours (``internal``): it runs requests as the pod does."""
+
+    @property
+    def ends(self) -> ProcessEnds: ...
 
     def use_terms(self, record: Wished, policy: Policy) -> None:
         """What the record says of joining requests, and the thresholds, from now on."""

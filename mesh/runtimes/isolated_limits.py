@@ -88,6 +88,7 @@ def too_much_memory(limit_bytes: int) -> Cause:
         f"was ended because it needed more than {limit_bytes:,} bytes of memory (the limit of a "
         "model's process: worker memory)",
         Code.RESOURCE_EXHAUSTED,
+        Code.RESOURCE_EXHAUSTED,
     )
 
 

@@ -15,14 +15,14 @@ import shutil
 import signal
 from collections import deque
 from collections.abc import Callable, Coroutine
-from time import monotonic
+from time import monotonic, time
 from typing import Any, Final
 
 from mesh.core.batching import Wished
 from mesh.core.errors import Code, LoadFailed, MeshError
 from mesh.core.policy import Policy
 from mesh.runtimes import isolated_limits
-from mesh.runtimes.api import ModelLost, ModelMetadata, ModelSpec
+from mesh.runtimes.api import ModelLost, ModelMetadata, ModelSpec, ProcessEnds
 from mesh.runtimes.isolated_channel import WorkerChannel, WorkerEnded
 from mesh.runtimes.isolated_fork_server import ForkServer, WorkerProcess
 from mesh.runtimes.isolated_limits import Cause, IsolationLimits
@@ -79,6 +79,7 @@ class IsolatedModel:
         self.size_bytes = 0
         own = spec.options.max_concurrency or limits.requests_max
         self.max_concurrency = min(own, limits.requests_max)
+        self.ends = ProcessEnds()
         self.channel = WorkerChannel(
             spec.model_id,
             max_message_bytes=limits.max_message_bytes,
@@ -212,6 +213,7 @@ class IsolatedModel:
         if self._closing:
             return
         cause = process.cause
+        self.ends = ProcessEnds(self.ends.count + 1, round(time() * 1e3), cause.text)
         text = f"model {self._spec.model_id!r}: its process {cause.text}"
         if self._held_against(cause):
             self._give_up(text)

@@ -33,7 +33,7 @@ def _pid(workers: Isolation, model_id: str) -> int:
     [
         pytest.param(
             "self.x = [bytearray(b'x' * (1 << 20)) for _ in range(10_000)]",
-            Code.FAILED_PRECONDITION,
+            Code.RESOURCE_EXHAUSTED,
             "needed more than 209,715,200 bytes",
             id="that allocates 10 GB",
         ),
