@@ -13,11 +13,12 @@ import logging
 import random
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
 
-from mesh.reconciler.kube import ApiAway, ApiError, ApiNotFound, Kube, Obj
+from mesh.reconciler.kube import ApiAway, ApiError, ApiExists, ApiNotFound, Kube, Obj
 from mesh.reconciler.kube_resources import EVENTS
 from mesh.reconciler.work_queue import backoff_ms
 
@@ -135,9 +136,10 @@ class EventRecorder:
             await self._moved.wait()
 
     async def _record(self, key: EventKey, times: int) -> None:
+        fresh = self._event(key, times)  # one name for all tries: a create may have been done
         for failures in range(1, _TRIES + 1):
             try:
-                await self._write(key, times)
+                await self._write(key, times, fresh)
                 return
             except ApiAway as error:
                 if failures < _TRIES:
@@ -149,7 +151,7 @@ class EventRecorder:
                 self._drop(error)
                 return
 
-    async def _write(self, key: EventKey, times: int) -> None:
+    async def _write(self, key: EventKey, times: int, fresh: Obj) -> None:
         written = self._written.pop(key, None)
         if written is not None:
             grown = _Written(written.event_name, written.count + times)
@@ -164,9 +166,9 @@ class EventRecorder:
             else:
                 self._remember(key, grown)
         if written is None:
-            event = self._event(key, times)
-            await self._kube.create(EVENTS, event)
-            self._remember(key, _Written(event["metadata"]["name"], times))
+            with suppress(ApiExists):
+                await self._kube.create(EVENTS, fresh)
+            self._remember(key, _Written(fresh["metadata"]["name"], times))
 
     def _event(self, key: EventKey, times: int) -> Obj:
         now = _timestamp()
