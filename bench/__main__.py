@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import batching, density, frameworks, inference, miss, placement, pull, relay
+from bench import batching, controller, density, frameworks, inference, miss, placement, pull, relay
 from bench.effort import FULL, SMOKE, USUAL, Effort
 from bench.process import BenchError, Unavailable
 from bench.report import ROOT, Report, machine
@@ -31,6 +31,7 @@ PARTS: dict[str, Part] = {
     ),
     "placement": ("choosing among 1,000 instances; a view's CPU by events", placement.measure),
     "pull": ("a pull from S3 on loopback against raw clients", pull.measure),
+    "controller": ("2,000 InferenceServices against a real API server", controller.measure),
     "sim": ("a mesh in virtual time; `sim --help` for its own options", sim.measure),
 }
 

@@ -26,6 +26,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
@@ -179,11 +180,8 @@ class KubeServer:
         for crd in crds:
             name, spec = crd["metadata"]["name"], crd["spec"]
             served = f"/apis/{spec['group']}/{spec['versions'][0]['name']}"
-            wait_until(lambda name=name: self._is_established(f"{base}/{name}"), name)
-            wait_until(
-                lambda served=served, spec=spec: self._serves(served, spec["names"]["plural"]),
-                name,
-            )
+            wait_until(partial(self._is_established, f"{base}/{name}"), name)
+            wait_until(partial(self._serves, served, spec["names"]["plural"]), name)
 
     def _is_established(self, path: str) -> bool:
         conditions = self.request("GET", path).get("status", {}).get("conditions", ())
