@@ -36,6 +36,7 @@ from mesh.reconciler.kube_resources import (
     Resource,
 )
 from mesh.reconciler.meshes import Mesh
+from mesh.reconciler.plan import FINALIZER
 from mesh.reconciler.services import SERVICE_KINDS, Services, is_ours
 from mesh.reconciler.settings import ControllerSettings
 from mesh.reconciler.spaces import Spaces
@@ -136,6 +137,9 @@ class Controller:
         )
         self._secrets = StorageSecrets(kube, folder_of=self._storage_folder)
         self._closing: set[asyncio.Task[None]] = set()
+        self._secret_renamed = asyncio.Event()
+        self._secrets_settled = asyncio.Event()
+        self._started = False
         self._report()
 
     # ---- life ---------------------------------------------------------------------------------
@@ -143,27 +147,39 @@ class Controller:
     async def run(self) -> None:
         """Until cancelled. An error of a part is a defect, and ends it."""
         async with asyncio.TaskGroup() as parts:
-            for informer in self._watched.values():
-                parts.create_task(informer.run())
-            parts.create_task(self.events.run())
-            await asyncio.gather(*(one.wait_settled() for one in self._watched.values()))
+            # It says what the storage secret is called.
+            parts.create_task(self._config_map.run())
+            await self._config_map.wait_settled()
             self._read_config()
+            for resource, informer in self._watched.items():
+                if resource not in (_CONFIG, SECRETS):
+                    parts.create_task(informer.run())
+            parts.create_task(self._follow_secrets())
+            parts.create_task(self.events.run())
+            await self._secrets_settled.wait()
+            others = {kind: one for kind, one in self._watched.items() if kind != SECRETS}
+            await asyncio.gather(*(one.wait_settled() for one in others.values()))
+            self._started = True
             self._open_meshes()
             log.info("%d namespaces, %d services", len(self.meshes), self._service_count())
             parts.create_task(self.queue.run())
             parts.create_task(self._watch_meshes())
-            for informer in self._watched.values():
+            for informer in others.values():
                 if not informer.synced:
                     parts.create_task(self._come_late(informer))
 
     async def close(self) -> None:
         for namespace in list(self.meshes):
-            await self._close_mesh(namespace)
+            self._close_mesh(namespace)
+        await asyncio.gather(*self._closing)
 
     async def _come_late(self, informer: Informer) -> None:
         """What was refused at the start is to be had now: everything may look different."""
         await informer.wait_synced()
+        if not self._started:
+            return
         log.info("%s can be read now", informer.resource)
+        self._open_meshes()
         self._all_changed()
 
     def not_ready(self) -> str:
@@ -174,6 +190,22 @@ class Controller:
                 return f"{resource.plural} are not read yet{error}"
         away = [namespace for namespace, mesh in self.meshes.items() if not mesh.synced]
         return f"the registry of {', '.join(sorted(away)[:3])} is not read yet" if away else ""
+
+    async def _follow_secrets(self) -> None:
+        """The informer of the storage secrets, and another one when they are called otherwise."""
+        while True:
+            informer = self._watched[SECRETS]
+            self._secret_renamed.clear()
+            async with asyncio.TaskGroup() as parts:
+                works = (informer.run(), self._come_late(informer), self._settle(informer))
+                tasks = [parts.create_task(work) for work in works]
+                await self._secret_renamed.wait()
+                for task in tasks:
+                    task.cancel()
+
+    async def _settle(self, informer: Informer) -> None:
+        await informer.wait_settled()
+        self._secrets_settled.set()
 
     def leading_changed(self, leads: bool) -> None:
         log.info("this controller %s", "leads" if leads else "leads no more")
@@ -186,6 +218,13 @@ class Controller:
         """Whether what is missing of these kinds does not exist."""
         return all(self._watched[kind].known for kind in kinds)
 
+    def served(self, namespace: str) -> bool:
+        """Whether it has a mesh; otherwise what is left of one is to go."""
+        if not self.settings.all_namespaces or not self.known(NAMESPACES):
+            return True
+        obj = self._watched[NAMESPACES].get("", namespace)
+        return obj is not None and "deletionTimestamp" not in obj["metadata"]
+
     def writable(self, kind: Resource) -> bool:
         """Whether the server has this kind of owned object, and lets it be watched."""
         return kind in self._watched and self._watched[kind].synced
@@ -197,8 +236,8 @@ class Controller:
         self._watched[kind].learn(obj)
 
     def runtimes(self, namespace: str) -> list[RuntimeSource]:
-        """Its own, then the cluster's whose name is not taken; those that cannot be read are left
-        out and told of by an event."""
+        """Its own, then the cluster's whose name is not taken. One that cannot be read is told of
+        by an event; as it was when it could be, it goes on."""
         own = [
             obj
             for (space, _), obj in self._watched[SERVING_RUNTIMES].store.items()
@@ -221,7 +260,7 @@ class Controller:
         known = self._runtimes_read.get(key)
         if known is not None and known[0] == version:
             return known[1]
-        source = None
+        source = known[1] if known is not None else None
         try:
             source = RuntimeSource.of(obj)
         except InvalidArgument as error:
@@ -270,14 +309,14 @@ class Controller:
                 on_change=self._changed,
                 label_selector=labels,
                 field_selector=fields,
+                on_back=self.queue.retry_failed,
             )
 
         watch(INFERENCE_SERVICES)
         watch(PREDICTORS)
         watch(SERVING_RUNTIMES)
         watch(CLUSTER_SERVING_RUNTIMES, None)
-        secret = f"metadata.name={self.config.storage_secret}"
-        watch(SECRETS, fields=secret)
+        found[SECRETS] = self._secrets_informer()
         if whole:
             watch(NAMESPACES, None, labels=ENABLED_SELECTOR)
         if self.settings.workloads:
@@ -294,6 +333,16 @@ class Controller:
         found[_CONFIG] = self._config_map
         return found
 
+    def _secrets_informer(self) -> Informer:
+        return Informer(
+            self._kube,
+            SECRETS,
+            None if self.settings.all_namespaces else self._own_namespace,
+            on_change=self._changed,
+            field_selector=f"metadata.name={self.config.storage_secret}",
+            on_back=self.queue.retry_failed,
+        )
+
     def _changed(self, resource: Resource, namespace: str, name: str) -> None:
         match resource:
             case _ if resource in SERVICE_KINDS:
@@ -307,11 +356,17 @@ class Controller:
                 self.queue.add(SecretKey(namespace))
                 self._space_changed(namespace)
             case _ if resource == NAMESPACES:
-                self._open_meshes()
+                if self._started:
+                    self._open_meshes()
+                    self._mesh_changed(name)
             case _:
                 self.queue.add(SpaceKey(namespace))
 
     def _service_changed(self, resource: Resource, namespace: str, name: str) -> None:
+        if namespace not in self.meshes:
+            if self._started and self._is_left_in(namespace):
+                self._open_meshes()
+            return
         self.queue.add(ServiceKey(resource, namespace, name))
         if self.settings.workloads:
             self.queue.add(SpaceKey(namespace))
@@ -323,6 +378,11 @@ class Controller:
 
     def _all_changed(self) -> None:
         for namespace in self.meshes:
+            self._mesh_changed(namespace)
+
+    def _mesh_changed(self, namespace: str) -> None:
+        """All of a namespace."""
+        if namespace in self.meshes:
             self.queue.add(SecretKey(namespace))
             self._space_changed(namespace)
 
@@ -351,28 +411,52 @@ class Controller:
     # ---- namespaces ---------------------------------------------------------------------------
 
     def _open_meshes(self) -> None:
+        """Those that are served, and those where something of ours is left, which is to go."""
         wanted = {self._own_namespace}
         if self.settings.all_namespaces:
+            if not self.known(NAMESPACES):
+                return  # it would look as if none were served
             wanted = {name for _, name in self._watched[NAMESPACES].store}
+            wanted |= {space for space in self._namespaces_seen() if self._is_left_in(space)}
         for namespace in wanted - self.meshes.keys():
             mesh = Mesh(namespace, self._make_store(namespace), self, now_ms=self._now_ms)
             self.meshes[namespace] = mesh
             task = asyncio.get_running_loop().create_task(mesh.run(), name=f"mesh {namespace}")
             self._mesh_tasks[namespace] = task
-            self.queue.add(SecretKey(namespace))
-            self._space_changed(namespace)
+            self._mesh_changed(namespace)
         for namespace in self.meshes.keys() - wanted:
-            log.info("namespace %s is not served any more", namespace)
-            task = asyncio.get_running_loop().create_task(self._close_mesh(namespace))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._mesh_changed(namespace)
 
-    async def _close_mesh(self, namespace: str) -> None:
-        mesh, task = self.meshes.pop(namespace), self._mesh_tasks.pop(namespace)
+    def _namespaces_seen(self) -> set[str]:
+        kinds = (*SERVICE_KINDS, *OWNED)
+        stores = [self._watched[kind].store for kind in kinds if kind in self._watched]
+        return {space for store in stores for space, _ in store}
+
+    def _is_left_in(self, namespace: str) -> bool:
+        """Whether something there waits for us to let go of it."""
+        return bool(self.owned(namespace)) or any(
+            FINALIZER in (one["metadata"].get("finalizers") or ())
+            for one in self.resources(namespace)
+        )
+
+    def _close_if_left(self, namespace: str) -> None:
+        mesh = self.meshes.get(namespace)
+        if mesh is None or self.served(namespace) or not mesh.synced:
+            return
+        if not (self._is_left_in(namespace) or self._services.orphans(mesh, self.config)):
+            log.info("namespace %s is not served any more", namespace)
+            try:
+                self._secrets.forget(namespace)
+            except OSError as error:
+                log.error("namespace %s: its storage secret's files: %s", namespace, error)
+            self._close_mesh(namespace)
+
+    def _close_mesh(self, namespace: str) -> None:
+        mesh, running = self.meshes.pop(namespace), self._mesh_tasks.pop(namespace)
         self._spaces.forget(namespace)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await mesh.close()
+        task = asyncio.get_running_loop().create_task(_close(mesh, running))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def _watch_meshes(self) -> None:
         """Ends with the error of a mesh that has ended, which none should."""
@@ -417,16 +501,21 @@ class Controller:
     def _use_config(self, config: ControllerConfig) -> None:
         if config != self.config:
             log.info("the configuration has changed")
+            renamed = config.storage_secret != self.config.storage_secret
             self.config = config
+            if renamed:
+                self._watched[SECRETS] = self._secrets_informer()
+                self._secret_renamed.set()
             self._all_changed()
 
     # ---- work ---------------------------------------------------------------------------------
 
     async def _handle(self, key: WorkKey) -> Again | None:
-        if not self._leads():
-            return None
         mesh = self.meshes.get(key.namespace)
         if mesh is None:
+            return None
+        if not self._leads():
+            self._close_if_left(key.namespace)
             return None
         kind = type(key).__name__.removesuffix("Key").lower()
         outcome = "failed"
@@ -438,21 +527,27 @@ class Controller:
             raise
         finally:
             self._metrics.counter("reconciles", kind, outcome)
+        self._close_if_left(key.namespace)
         return again
 
     async def _work(self, key: WorkKey, mesh: Mesh) -> Again | None:
         match key:
             case ServiceKey():
+                if not mesh.settled:
+                    return None  # its first news has everything looked at
                 return await self._services.reconcile(
                     mesh, self.config, key.resource, key.namespace, key.name
                 )
             case SpaceKey():
-                if not mesh.synced:
+                if not self.settings.workloads:
+                    return None
+                # Without all of its runtimes it would look as if their pods were not wanted.
+                if not (mesh.synced and self.known(SERVING_RUNTIMES, CLUSTER_SERVING_RUNTIMES)):
                     return Again(_SYNCING_S)
-                if self.settings.workloads:
-                    return await self._spaces.reconcile(mesh, self.config)
-                return None
+                return await self._spaces.reconcile(mesh, self.config)
             case SecretKey():
+                if not (self.known(SECRETS) and self.served(key.namespace)):
+                    return None
                 return await self._secrets.reconcile(mesh, self.secret(key.namespace))
             case _:
                 assert_never(key)
@@ -473,6 +568,12 @@ class Controller:
         metrics.gauge_source(
             "store_connected", lambda: float(all(m.reachable for m in self.meshes.values()))
         )
+
+
+async def _close(mesh: Mesh, running: asyncio.Task[None]) -> None:
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await mesh.close()
 
 
 # The operator's ConfigMap beside the controller's own ones, which are another informer.

@@ -69,7 +69,9 @@ class Informer:
         label_selector: str = "",
         field_selector: str = "",
         keep: Callable[[Obj], Obj] | None = None,
+        on_back: Callable[[], None] | None = None,
     ) -> None:
+        """``on_back`` is called once it is in step again after an error."""
         self.resource = resource
         self.namespace = namespace
         self.store: dict[Key, Obj] = {}
@@ -78,6 +80,7 @@ class Informer:
         self.watches_total = 0
         self._kube = kube
         self._on_change = on_change
+        self._on_back = on_back
         self._label_selector = label_selector
         self._field_selector = field_selector
         self._keep = keep
@@ -114,9 +117,11 @@ class Informer:
 
     def learn(self, obj: Obj) -> None:
         """What a write has returned, so that the next look is not at what was there before it. Its
-        event comes as well, and is no news then."""
+        event comes as well, and is no news then. What is not here (any more) stays away: its
+        DELETED may have overtaken the answer, and no other would come."""
         key = key_of(obj)
-        if _is_newer(obj, self.store.get(key)):
+        known = self.store.get(key)
+        if known is not None and _is_newer(obj, known):
             self.store[key] = self._reduce(obj)
 
     async def run(self) -> None:
@@ -201,7 +206,9 @@ class Informer:
         self.watches_total += 1
         if self.error is not None:
             logger.info("%s: in step with the API server again", self.resource)
-        self.error = None
+        was, self.error = self.error, None
+        if was is not None and self._on_back is not None:
+            self._on_back()
 
     def _take_all(self, listing: Listing) -> list[Key]:
         fresh = {key_of(obj): obj for obj in listing.items}

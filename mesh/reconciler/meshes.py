@@ -120,7 +120,7 @@ class Mesh:
         self.namespace = namespace
         self.view: ClusterView = _NotedView()
         self.demands: dict[str, Demand] = {}  # by runtime
-        self.reachable = False
+        self.reachable: bool | None = None  # None: nobody knows yet
         self._noted: _NotedView = self.view
         self._store = store
         self._listener = listener
@@ -131,6 +131,12 @@ class Mesh:
     def synced(self) -> bool:
         """The view has been whole once: what is missing in it is not registered."""
         return self._sync.synced
+
+    @property
+    def settled(self) -> bool:
+        """The view has been whole, or etcd is known to be away: nothing is to be waited for. The
+        listener is told of either."""
+        return self.synced or self.reachable is False
 
     async def run(self) -> None:
         """Until cancelled. An error of a part is a defect, and ends it."""
@@ -187,15 +193,17 @@ class Mesh:
     # ---- watching ---------------------------------------------------------------------------
 
     def _stepped(self, touched: frozenset[str] | None) -> None:
+        # What could not be done while etcd was away is due now, whatever the step is about.
+        everything = touched is None or not self.reachable
         self.reachable = True
         view = self._noted
         names: set[str] | None = view.noted
-        if touched is None:
+        if everything or touched is None:
             names = None
         else:
             for model_id in touched:
                 view.noted.update(view.aliases_of(model_id))
-        instances = view.instances_noted or touched is None
+        instances = view.instances_noted or everything
         view.noted, view.instances_noted = set(), False
         if names is None or names:
             self._listener.names_changed(self.namespace, names)
@@ -239,6 +247,7 @@ class Mesh:
                 log = logger.info if reachable else logger.warning
                 log("namespace %s: etcd %s", self.namespace, "answers" if reachable else "is away")
                 self._listener.names_changed(self.namespace, None)
+                self._listener.instances_changed(self.namespace)
             await asyncio.sleep(_LOOK_S)
 
 

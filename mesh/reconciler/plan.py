@@ -19,12 +19,12 @@ and a status that is there stays as it is: the models keep serving.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from mesh.catalog import is_applied
-from mesh.core.errors import InvalidArgument
 from mesh.core.types import VModelRecord
+from mesh.desired import desired_model
 from mesh.kserve_status import (
     INVALID_SPEC,
     NO_REGISTRY,
@@ -36,10 +36,9 @@ from mesh.kserve_status import (
     service_status,
     standing_of,
 )
-from mesh.manifest import OWNER_OF, OWNERS, AppliedModel, applied_uid, parse_resource
+from mesh.manifest import OWNER_OF, OWNERS, AppliedModel, applied_uid
 from mesh.manifest_annotations import DEPLOYMENT_MODE, MODEL_MESH
-from mesh.runtime_selection import Chosen, NotChosen, RuntimeOffer, choose_runtime
-from mesh.serving_runtime import runtime_label
+from mesh.runtime_selection import Chosen, RuntimeOffer
 
 Obj = dict[str, Any]
 
@@ -135,7 +134,8 @@ class Observed:
     """All that a plan looks at besides the resource.
 
     ``registry_reachable``: etcd answers, and ``state`` comes from a view that is whole.
-    ``take_all``: every InferenceService is ours, whatever its deployment mode.
+    ``take_all``: every InferenceService is ours, whatever its deployment mode. Not ``served``: the
+    namespace's mesh is given up, and nothing in it is ours.
     ``warned_generation`` is the last one whose warnings were told, as far as the caller remembers.
     ``register_fault``: why this generation cannot be registered, whatever is tried.
     """
@@ -148,6 +148,7 @@ class Observed:
     offers: Collection[RuntimeOffer] = ()
     registry_reachable: bool = True
     take_all: bool = False
+    served: bool = True
     warned_generation: int = 0
     register_fault: str = ""
 
@@ -170,7 +171,7 @@ def plan_service(resource: Mapping[str, Any] | None, observed: Observed) -> tupl
     finalizers: Collection[str] = metadata.get("finalizers") or ()
     ours = _alias_of_ours(observed)
     if resource is not None and "deletionTimestamp" not in metadata:
-        if is_ours(resource, take_all=observed.take_all):
+        if observed.served and is_ours(resource, take_all=observed.take_all):
             return _plan_served(resource, observed, FINALIZER in finalizers)
         ours = ours if ours is not None and _is_of(ours, metadata) else None
     if FINALIZER not in finalizers and ours is None:
@@ -188,6 +189,7 @@ def plan_orphans(
     aliases: Iterable[VModelRecord],
     *,
     take_all: bool = False,
+    served: bool = True,
 ) -> tuple[Unregister, ...]:
     """Aliases that an API server's resource was registered for, and no resource holds any more: the
     controller was away, or the finalizer was taken off by force. Only with every resource of the
@@ -195,7 +197,8 @@ def plan_orphans(
     held = {
         (OWNER_OF[str(one["kind"])], _metadata(one).get("name"))
         for one in resources
-        if is_ours(one, take_all=take_all) or FINALIZER in (_metadata(one).get("finalizers") or ())
+        if (served and is_ours(one, take_all=take_all))
+        or FINALIZER in (_metadata(one).get("finalizers") or ())
     }
     return tuple(
         _unregister(alias)
@@ -264,31 +267,14 @@ def _desired(
     resource: Mapping[str, Any], observed: Observed
 ) -> tuple[AppliedModel | None, Chosen | None, Refusal | None]:
     """What is to be registered, with the labels of its runtime, and what forbids it."""
-    try:
-        applied = parse_resource(resource, now_ms=observed.now_ms, chooses_runtimes=True)
-    except InvalidArgument as error:
-        return None, None, Refusal(INVALID_SPEC, error.message)
-    choice = choose_runtime(applied.wish, observed.offers)
-    chosen = choice if isinstance(choice, Chosen) else None
-    if chosen is not None:
-        applied = labelled(applied, chosen)
+    found = desired_model(resource, observed.offers, now_ms=observed.now_ms)
+    if found.applied is None:
+        return None, None, found.refusal
     if owner := _taken_by(observed):
-        return applied, chosen, Refusal(INVALID_SPEC, f"metadata.name: {owner}")
-    if isinstance(choice, NotChosen):
-        return applied, None, Refusal(choice.reason, choice.message)
-    if observed.register_fault:
-        return applied, chosen, Refusal(INVALID_SPEC, observed.register_fault)
-    return applied, chosen, None
-
-
-def labelled(applied: AppliedModel, chosen: Chosen) -> AppliedModel:
-    """Only where the runtime's instances are, or, where nobody named it, there if there is room."""
-    model, label = applied.model, runtime_label(chosen.name)
-    if chosen.explicit:
-        model = replace(model, required_labels=(*model.required_labels, label))
-    else:
-        model = replace(model, preferred_labels=(*model.preferred_labels, label))
-    return replace(applied, model=model)
+        return found.applied, found.chosen, Refusal(INVALID_SPEC, f"metadata.name: {owner}")
+    if found.refusal is None and observed.register_fault:
+        return found.applied, found.chosen, Refusal(INVALID_SPEC, observed.register_fault)
+    return found.applied, found.chosen, found.refusal
 
 
 def _taken_by(observed: Observed) -> str:

@@ -19,7 +19,7 @@ from mesh.kserve_status import endpoints_of, name_state
 from mesh.manifest import OWNER_OF, applied_uid
 from mesh.reconciler.config import ControllerConfig
 from mesh.reconciler.events import EventRecorder
-from mesh.reconciler.kube import ApiNotFound, Kube, Obj, Resource
+from mesh.reconciler.kube import ApiConflict, ApiNotFound, Kube, Obj, Resource
 from mesh.reconciler.kube_resources import (
     CLUSTER_SERVING_RUNTIMES,
     INFERENCE_SERVICES,
@@ -44,15 +44,17 @@ from mesh.reconciler.plan import (
     plan_orphans,
     plan_service,
 )
-from mesh.reconciler.storage import data_of
 from mesh.reconciler.work_queue import Again
 from mesh.reconciler.workload_source import RuntimeSource, refusal
 from mesh.runtime_selection import RuntimeOffer
+from mesh.storage_folder import data_of
 
 logger = logging.getLogger(__name__)
 
 # Plans of one turn: finalizer and registration, status, and room for somebody else's change.
 _PLANS_MAX: Final = 6
+# Conflicts in one turn, each answered by a fresh look, before others have theirs.
+_CONFLICTS_MAX: Final = 4
 # While runtimes cannot be read, which their informers complain of.
 _BLIND_S: Final = 5.0
 
@@ -64,6 +66,9 @@ class Cluster(Protocol):
 
     def known(self, *kinds: Resource) -> bool:
         """Whether what is missing of these kinds does not exist."""
+
+    def served(self, namespace: str) -> bool:
+        """Whether the namespace has a mesh; not: what is left of it is to go."""
 
     def resource(self, kind: Resource, namespace: str, name: str) -> Obj | None: ...
 
@@ -97,21 +102,22 @@ class Services:
         self._counted = counted
         self._now_ms = now_ms
         self._warned: dict[tuple[str, str, str], int] = {}  # the generation that was warned of
+        self._told_blind: set[str] = set()  # uids
 
     async def reconcile(
         self, mesh: Mesh, config: ControllerConfig, kind: Resource, namespace: str, name: str
     ) -> Again | None:
         """One turn of one name. Raises ApiError, Unavailable."""
-        if not self._cluster.known(SERVING_RUNTIMES, CLUSTER_SERVING_RUNTIMES):
-            return Again(_BLIND_S)  # it would look as if there were no runtime for it
         resource = self._cluster.resource(kind, namespace, name)
         if resource is None:
             if not is_ours(mesh, kind, name):
                 self._warned.pop((kind.plural, namespace, name), None)
                 return None
             resource = await self._asked(kind, namespace, name)
+        if self._blind_to(resource, namespace):
+            return Again(_BLIND_S)  # it would look as if there were no runtime for it
         turn = _Turn(self, mesh, kind, namespace, name, resource)
-        for _ in range(_PLANS_MAX):
+        for _ in range(_PLANS_MAX + _CONFLICTS_MAX):
             actions = plan_service(turn.resource, self._observed(turn, config))
             if not await turn.carry_out(actions):
                 return turn.again
@@ -125,14 +131,38 @@ class Services:
             self._cluster.resources(mesh.namespace),
             mesh.view.vmodels.values(),
             take_all=config.take_all,
+            served=self._cluster.served(mesh.namespace),
         )
         return {one.name for one in found}
+
+    def _blind_to(self, resource: Obj | None, namespace: str) -> bool:
+        """Whether a plan for it needs runtimes, which nobody lets us read. It is told once."""
+        if self._cluster.known(SERVING_RUNTIMES, CLUSTER_SERVING_RUNTIMES):
+            self._told_blind.clear()
+            return False
+        if resource is None or not self._cluster.served(namespace):
+            return False
+        if "deletionTimestamp" in resource["metadata"]:
+            return False
+        uid = resource["metadata"]["uid"]
+        if uid not in self._told_blind:
+            self._told_blind.add(uid)
+            message = "the controller cannot read runtimes, and waits; its log says why"
+            self._events.emit(resource, "Warning", "RuntimesUnknown", message)
+        return True
 
     async def _asked(self, kind: Resource, namespace: str, name: str) -> Obj | None:
         try:
             return await self._kube.get(kind, namespace, name)
         except ApiNotFound:
             return None
+
+    async def fresh(self, turn: _Turn) -> Obj | None:
+        """The resource as the API server has it now; None when it is gone. Raises ApiError."""
+        found = await self._asked(turn.kind, turn.namespace, turn.name)
+        if found is not None:
+            self._cluster.learn(turn.kind, found)
+        return found
 
     def _observed(self, turn: _Turn, config: ControllerConfig) -> Observed:
         namespace, mesh = turn.namespace, turn.mesh
@@ -154,12 +184,11 @@ class Services:
             ),
             now_ms=now_ms,
             offers=[
-                _offer(one)
-                for one in self._cluster.runtimes(namespace)
-                if _can_have_pods(one)
+                _offer(one) for one in self._cluster.runtimes(namespace) if _can_have_pods(one)
             ],
-            registry_reachable=mesh.synced and mesh.reachable,
+            registry_reachable=mesh.synced and bool(mesh.reachable),
             take_all=config.take_all,
+            served=self._cluster.served(namespace),
             warned_generation=self._warned.get(turn.key, 0),
             register_fault=turn.register_fault,
         )
@@ -217,6 +246,7 @@ class _Turn:
         self.resource = resource
         self.again: Again | None = None
         self.register_fault = ""
+        self._conflicts = 0
         self._services = services
 
     @property
@@ -233,6 +263,13 @@ class _Turn:
             except ApiNotFound:  # it went meanwhile; its informer says so
                 self.resource = None
                 return is_ours(self.mesh, self.kind, self.name)
+            except ApiConflict:
+                # Somebody writes it all the time: the informer's copy would always be behind.
+                self._conflicts += 1
+                if self._conflicts > _CONFLICTS_MAX:
+                    raise
+                self.resource = await self._services.fresh(self)
+                return True
         return wrote
 
     async def _act(self, action: Action) -> bool:

@@ -50,6 +50,9 @@ class Cluster(Protocol):
     def runtimes(self, namespace: str) -> list[RuntimeSource]:
         """Those that the namespace's models may use, its own before the cluster's."""
 
+    def served(self, namespace: str) -> bool:
+        """Whether the namespace has a mesh; not: what is left of it is to go."""
+
     def writable(self, kind: Resource) -> bool:
         """Whether the server has this kind of owned object, and lets it be watched."""
 
@@ -91,9 +94,13 @@ class Spaces:
         """Bring one namespace's pods to what they should be. Raises ApiError for the first object
         that could not be written, after all have been tried."""
         namespace = mesh.namespace
-        sources = [one for one in self._cluster.runtimes(namespace) if self._runs(one, namespace)]
         observed = self._cluster.owned(namespace)
-        desired = list(router_objects(config, namespace=namespace))
+        sources: list[RuntimeSource] = []
+        desired: list[Obj] = []
+        if self._cluster.served(namespace):
+            runtimes = self._cluster.runtimes(namespace)
+            sources = [one for one in runtimes if self._runs(one, namespace)]
+            desired = list(router_objects(config, namespace=namespace))
         again_ms: int | None = None
         now_ms = self._now_ms()
         usages = usage_of(mesh, sources)

@@ -12,8 +12,6 @@ they lacked. No value of it is in etcd, an event, a status or a log line.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hashlib
 import json
 import logging
@@ -26,6 +24,7 @@ from mesh.reconciler.kube_resources import PODS
 from mesh.reconciler.meshes import Mesh
 from mesh.reconciler.work_queue import Again
 from mesh.reconciler.workload import OWNED_SELECTOR
+from mesh.storage_folder import data_of, write_folder
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +59,13 @@ class StorageSecrets:
         self._seen[mesh.namespace] = digest
         return None
 
+    def forget(self, namespace: str) -> None:
+        """The namespace is not served any more. Raises OSError."""
+        self._seen.pop(namespace, None)
+        folder = self._folder_of(namespace)
+        if folder is not None and folder.is_dir():
+            write_folder(folder, {})
+
     async def _touch_pods(self, namespace: str, digest: str) -> None:
         pods = await self._kube.list(PODS, namespace, label_selector=OWNED_SELECTOR)
         for pod in pods.items:
@@ -71,17 +77,6 @@ class StorageSecrets:
                 await self._kube.patch(PODS, namespace, pod["metadata"]["name"], patch)
             except ApiError as error:  # it may be gone; its successor mounts the new one
                 log.info("pod %s: %s", pod["metadata"]["name"], error)
-
-
-def data_of(secret: Obj | None) -> dict[str, bytes]:
-    """What the secret holds; {} for none. A value that is not base64 is left out."""
-    found: dict[str, bytes] = {}
-    for key, value in ((secret or {}).get("data") or {}).items():
-        try:
-            found[key] = base64.b64decode(value, validate=True)
-        except (binascii.Error, ValueError):
-            log.warning("the storage secret's entry %r is not base64", key)
-    return found
 
 
 def entries_of(secret: Obj | None) -> dict[str, Mapping[str, Any]]:
@@ -104,17 +99,3 @@ def hash_of(data: Mapping[str, bytes]) -> str:
         for part in (key.encode(), data[key]):
             digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()[:16]
-
-
-def write_folder(folder: Path, data: Mapping[str, bytes]) -> None:
-    """Each entry a file, mode 0600; what is no entry any more goes. Raises OSError."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for key, value in data.items():
-        partial = folder / f".{key}.partial"
-        partial.unlink(missing_ok=True)
-        partial.touch(mode=0o600)
-        partial.write_bytes(value)
-        partial.replace(folder / key)
-    for path in folder.iterdir():
-        if path.name not in data and not path.name.startswith("."):
-            path.unlink(missing_ok=True)

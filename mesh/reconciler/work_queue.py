@@ -96,6 +96,11 @@ class Schedule(Generic[K]):
         self.add_at(key, now_ms + delay_ms)
         return delay_ms
 
+    def retry_failed(self) -> None:
+        """What waits out a failure is due now: its cause may be over."""
+        for key in [key for key in self._failures if key in self._due_ms]:
+            self.add(key)
+
     def forget(self, key: K) -> None:
         """Its failures are over."""
         self._failures.pop(key, None)
@@ -165,6 +170,11 @@ class WorkQueue(Generic[K]):
 
     def add_after(self, key: K, after_s: float) -> None:
         self.schedule.add_at(key, _now_ms() + round(after_s * 1_000))
+        self._moved.set()
+
+    def retry_failed(self) -> None:
+        """Try again now what has failed: its cause may be over."""
+        self.schedule.retry_failed()
         self._moved.set()
 
     async def run(self) -> None:
