@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import yaml
@@ -50,7 +50,8 @@ from mesh.manifest_predictor import (
     read_mesh_predictor,
     read_predictor,
 )
-from mesh.runtime_selection import RuntimeWish
+from mesh.runtime_selection import Chosen, RuntimeWish
+from mesh.serving_runtime import runtime_label
 
 __all__ = [
     "ANY_NAME",
@@ -119,6 +120,16 @@ class AppliedModel:
     wish: RuntimeWish = field(default_factory=RuntimeWish)
     secret_key: str = ""
     uid: str = ""
+
+    def on_runtime(self, chosen: Chosen) -> AppliedModel:
+        """Only where the runtime's instances are, or, where nobody named it, there if there is
+        room."""
+        model, label = self.model, runtime_label(chosen.name)
+        if chosen.explicit:
+            model = replace(model, required_labels=(*model.required_labels, label))
+        else:
+            model = replace(model, preferred_labels=(*model.preferred_labels, label))
+        return replace(self, model=model)
 
 
 # ---- documents --------------------------------------------------------------------------------
@@ -271,6 +282,7 @@ def parse_resource(
         target_model_id=model.model_id,
         owner=known.owner,
         manifest=_as_applied(resource),
+        created_at_ms=now_ms,
         updated_at_ms=now_ms,
     )
     return AppliedModel(

@@ -5,6 +5,7 @@
 that is not named. ``runtimes``: those whose pods somebody starts when they are wanted, by name:
 ``{name: {"formats": [...], "labels": [...]}}``; a request for a model that only they could serve
 waits for a pod instead of failing. Both fail with ``InvalidArgument`` that names the place.
+``servingruntimes`` means nothing to placement: resources that were applied, by kind and name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mesh.core.types import TypeConstraint
 POLICY: Final = "policy"
 TYPE_CONSTRAINTS: Final = "type_constraints"
 RUNTIMES: Final = "runtimes"
+SERVING_RUNTIMES: Final = "servingruntimes"
 
 # The entry for formats without one of their own.
 ANY_TYPE: Final = "_default"

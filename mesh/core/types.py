@@ -106,6 +106,7 @@ class VModelRecord:
     failed: str = ""  # cause, "" when the target has not failed
     awaits_load: bool = False  # the leader has the target loaded once, then it is as any other
     manifest: str = ""  # the resource as applied, JSON; "" when registered otherwise
+    created_at_ms: int = 0
     updated_at_ms: int = 0
     version: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)

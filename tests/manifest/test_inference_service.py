@@ -74,6 +74,7 @@ def test_the_modelmesh_example_is_taken_unchanged_and_without_a_warning() -> Non
         target_model_id=model_id,
         owner="isvc",
         manifest=found.alias.manifest,
+        created_at_ms=77,
         updated_at_ms=77,
     )
 
