@@ -147,7 +147,8 @@ class ConcreteModel:
 class ModelDescription:
     """``mesh describe model NAME``. ``target`` only while it is not the active model.
 
-    ``manifest`` is the resource as applied, None when the name was registered otherwise.
+    ``manifest`` is the resource as applied, None when the name was registered otherwise; ``status``
+    is what KServe's users read of it (``mesh.kserve_status``).
     ``unreachable`` names instances that did not answer in time, with the reason.
     """
 
@@ -155,6 +156,7 @@ class ModelDescription:
     active: ConcreteModel | None = None
     target: ConcreteModel | None = None
     manifest: Mapping[str, Any] | None = None
+    status: Mapping[str, Any] | None = None
     updated_at_ms: int = 0
     unreachable: Mapping[str, str] = field(default_factory=dict)
     view_revision: int = 0

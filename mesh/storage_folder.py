@@ -95,7 +95,7 @@ def write_folder(folder: Path, data: Mapping[str, bytes]) -> Written:
     before = _written_before(folder)
     changed = [key for key, value in data.items() if _content(folder / key) != value]
     gone = (before or frozenset()) - data.keys()
-    if before == data.keys() and not changed:
+    if before == frozenset(data) and not changed:
         return "unchanged"
     # Ours first: whoever ends between here and there has no file that nobody takes away.
     marked = sorted({*data, *gone})

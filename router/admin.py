@@ -1,5 +1,8 @@
 """``mesh.admin.v1.Admin``: what the ``mesh`` command asks of a router.
 
+Apply takes the kinds that a cluster takes. ServingRuntimes and the status of resources are those of
+``router.serving_runtimes`` and ``router.resource_status``.
+
 Apply and Delete write through ``mesh.catalog`` and need the store (UNAVAILABLE without it); List,
 Describe and Explain answer from the view. Describe also asks the instances that hold a copy, each
 for ``DESCRIBE_TIMEOUT_S`` at most; one that does not answer is named as such.
@@ -20,14 +23,18 @@ import orjson
 from mesh import admin_views as views
 from mesh import manifest
 from mesh.catalog import Catalog
-from mesh.core.errors import InvalidArgument, MeshError, NotFound
+from mesh.core.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound
 from mesh.core.explain import explain
 from mesh.core.placement import Placement, place
 from mesh.core.policy import Policy
 from mesh.core.types import LoadPriority
 from mesh.core.view import ClusterView, Resolved
+from mesh.desired import desired_model
 from mesh.internal_calls import DESCRIBE_PATH
+from mesh.kserve_status import INVALID_SPEC
+from mesh.manifest import AppliedModel
 from mesh.metrics import RouterMetrics
+from mesh.serving_runtime import KINDS as RUNTIME_KINDS
 from mesh.wire.server import AsyncUnary
 from protos import mesh_admin_pb2 as pb
 from protos import mesh_internal_pb2 as internal
@@ -43,18 +50,22 @@ from router.dispatch import Dispatcher
 from router.loads import Loads
 from router.oip import Oip
 from router.peers import Peers
+from router.resource_status import SERVICE_KINDS, ResourceStatus
 from router.rpc import Rpcs, methods_of
+from router.serving_runtimes import ServingRuntimes
 
 log = logging.getLogger(__name__)
 
 SERVICE: Final = "mesh.admin.v1.Admin"
 DESCRIBE_TIMEOUT_S: Final = 2.0
 RPCS: Final = (
-    *("Apply", "List", "Describe", "Delete", "Explain", "Decisions"),
+    *("Apply", "List", "Describe", "Delete", "DeleteRuntime", "Explain", "Decisions"),
     *("GetPolicy", "SetPolicy", "GetTypeConstraints", "SetTypeConstraints"),
 )
 # A list of a hundred thousand models takes a while to write down; requests are served in between.
 _LIST_SLICE: Final = 500
+_GRAPH: Final = "InferenceGraph"
+_KINDS: Final = (*manifest.SUPPORTED_KINDS, *RUNTIME_KINDS, _GRAPH)
 
 
 @dataclass(slots=True)
@@ -69,6 +80,8 @@ class Admin:
     oip: Oip
     policy: Policy
     now_ms: Callable[[], int]
+    runtimes: ServingRuntimes
+    statuses: ResourceStatus
     namespace: str = "default"
 
     def use_policy(self, policy: Policy) -> None:
@@ -81,6 +94,7 @@ class Admin:
             "List": (pb.ListRequest, self.list_kind),
             "Describe": (pb.DescribeRequest, self.describe),
             "Delete": (pb.DeleteRequest, self.delete),
+            "DeleteRuntime": (pb.DeleteRuntimeRequest, self.delete_runtime),
             "Explain": (pb.ExplainRequest, self.explain),
         }
         return methods_of(SERVICE, table, metrics)
@@ -94,23 +108,53 @@ class Admin:
             raise InvalidArgument(f"manifest_json: not JSON: {error}") from error
         if not isinstance(resource, dict):
             raise InvalidArgument("manifest_json: expected one resource as a JSON object")
-        applied = manifest.parse_resource(resource, now_ms=self.now_ms())
+        kind = resource.get("kind")
+        if kind in RUNTIME_KINDS:
+            name, action, warnings = await self.runtimes.apply(resource)
+            warnings += self._of_other_namespace(_namespace_of(resource))
+            return pb.ApplyResponse(name=name, action=action, warnings=warnings)
+        if kind == _GRAPH:
+            return _skipped(resource)
+        if kind not in manifest.SUPPORTED_KINDS:
+            raise InvalidArgument(f"kind: expected one of {', '.join(_KINDS)}; found {kind!r:.80}")
+        return await self._apply_model(resource, load_now=request.load_now)
+
+    async def _apply_model(self, resource: dict[str, Any], *, load_now: bool) -> pb.ApplyResponse:
+        applied, warnings = self._desired(resource)
         action = await self.catalog.apply(applied)
         log.info("apply %s as %s: %s", applied.name, applied.model.model_id, action)
-        if request.load_now:
+        if load_now:
             self._load_where_room(applied.model.model_id)
-        warnings = list(applied.warnings)
-        if applied.namespace not in ("", self.namespace):
-            warnings.append(
-                f"metadata.namespace: {applied.namespace!r} is not acted on: one mesh is one "
-                f"namespace, and this is {self.namespace!r}"
-            )
         return pb.ApplyResponse(
             name=applied.name,
             model_id=applied.model.model_id,
             action=action,
-            warnings=warnings,
+            warnings=[*warnings, *self._of_other_namespace(applied.namespace)],
         )
+
+    def _desired(self, resource: dict[str, Any]) -> tuple[AppliedModel, list[str]]:
+        """With a runtime, where runtimes were applied; else any instance that knows the format will
+        do. Raises InvalidArgument; FailedPrecondition with KServe's reason."""
+        offers = self.runtimes.offers()
+        if not offers:
+            applied = manifest.parse_resource(resource, now_ms=self.now_ms())
+            return applied, list(applied.warnings)
+        found = desired_model(resource, offers, now_ms=self.now_ms())
+        if found.refusal is not None:
+            if found.refusal.reason == INVALID_SPEC:
+                raise InvalidArgument(found.refusal.message)
+            raise FailedPrecondition(f"{found.refusal.reason}: {found.refusal.message}")
+        assert found.applied is not None and found.chosen is not None
+        more = self.runtimes.chosen_warnings(found.chosen, found.applied.model.model_type)
+        return found.applied, [*found.applied.warnings, *more]
+
+    def _of_other_namespace(self, namespace: str) -> list[str]:
+        if namespace in ("", self.namespace):
+            return []
+        return [
+            f"metadata.namespace: {namespace!r} is not acted on: one mesh is one "
+            f"namespace, and this is {self.namespace!r}"
+        ]
 
     def _load_where_room(self, model_id: str) -> None:
         """Begin a load that evicts nothing. Where there is no room it waits for its first use."""
@@ -136,6 +180,11 @@ class Admin:
             self.loads.unload_soon(model_id, copies.get(model_id, ()))
         return pb.DeleteResponse(existed=existed)
 
+    async def delete_runtime(self, request: pb.DeleteRuntimeRequest) -> pb.DeleteResponse:
+        if not request.name:
+            raise InvalidArgument("name: expected the name of a runtime; found nothing")
+        return pb.DeleteResponse(existed=await self.runtimes.delete(request.name, request.kind))
+
     def _copies_behind(self, name: str) -> dict[str, list[str]]:
         alias = self.view.vmodels.get(name)
         ids = {alias.active_model_id, alias.target_model_id} if alias is not None else {name}
@@ -154,8 +203,18 @@ class Admin:
                     for instance_id, slot in sorted(self.view.instances.items())
                 ]
                 return pb.ListResponse(items_json=views.encode(rows))
-            case _:
-                raise InvalidArgument(f"kind: expected models or instances; found {request.kind!r}")
+            case "servingruntimes":
+                resources = [
+                    one
+                    for one in self.runtimes.resources()
+                    if not request.names or one["metadata"]["name"] in request.names
+                ]
+                return pb.ListResponse(items_json=orjson.dumps(resources).decode())
+            case kind if kind in SERVICE_KINDS:
+                return pb.ListResponse(items_json=await self.statuses.list(kind, request.names))
+            case kind:
+                known = ("models", "instances", *SERVICE_KINDS, "servingruntimes")
+                raise InvalidArgument(f"kind: expected one of {', '.join(known)}; found {kind!r}")
 
     async def _list_models(self) -> str:
         now_ms = self.now_ms()
@@ -205,6 +264,7 @@ class Admin:
             active=concrete(active_id),
             target=concrete(target_id) if target_id != active_id else None,
             manifest=orjson.loads(alias.manifest) if alias is not None and alias.manifest else None,
+            status=(self.statuses.resource(alias) or {}).get("status") if alias else None,
             updated_at_ms=alias.updated_at_ms if alias is not None else 0,
             unreachable=unreachable,
             view_revision=self.view.revision,
@@ -301,3 +361,18 @@ class Admin:
             shortfall=shortfalls(model) if model is not None else "",
         )
         return pb.ExplainResponse(json=views.encode(view))
+
+
+def _namespace_of(resource: dict[str, Any]) -> str:
+    namespace = resource["metadata"].get("namespace")
+    return namespace if isinstance(namespace, str) else ""
+
+
+def _skipped(resource: dict[str, Any]) -> pb.ApplyResponse:
+    """Accepted, so that a file that holds one may be applied as a whole."""
+    metadata = resource.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    if not isinstance(name, str) or not name:
+        raise InvalidArgument(f"metadata.name: expected the graph's name; found {name!r:.80}")
+    warning = "an InferenceGraph is kept by a cluster's API server, and not acted on by this mesh"
+    return pb.ApplyResponse(name=name, action="skipped", warnings=[warning])

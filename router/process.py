@@ -28,6 +28,7 @@ from mesh.core.policy import Policy
 from mesh.core.view import ClusterView
 from mesh.decision_log import DecisionLog
 from mesh.election import Election
+from mesh.kserve_status import Endpoints
 from mesh.live_policy import LivePolicy
 from mesh.metrics import RouterMetrics
 from mesh.oip import reflection_data
@@ -63,9 +64,11 @@ from router.names import NameLookup
 from router.oip import IDEMPOTENT, RELAYED, Oip
 from router.peers import Peers
 from router.readiness import Readiness, State
+from router.resource_status import ResourceStatus, own_endpoints
 from router.rest import Rest
 from router.roster import Roster
 from router.rpc import methods_of
+from router.serving_runtimes import ServingRuntimes
 from router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
@@ -190,6 +193,7 @@ class Router:
         )
         self.server = Server(self._methods(), limits=settings.limits, fallback=self.relay)
         self.failed: asyncio.Future[None] | None = None
+        self._bound = Bound(settings.grpc_port, settings.rest_port, None)
         self._rest: HttpListener | None = None
         self._operations: HttpListener | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -213,6 +217,9 @@ class Router:
     def _methods(self) -> dict[str, Method]:
         metrics = self.metrics
         management = Management(self.view, self.catalog, self.loads, self.names, wall_clock_ms)
+        live_settings = LiveSettings(self._store, self.view, on_change=self._read_live_policy)
+        runtimes = ServingRuntimes(self.view, live_settings, wall_clock_ms)
+        namespace = self.settings.namespace
         self.admin = Admin(
             self.view,
             self.catalog,
@@ -222,13 +229,11 @@ class Router:
             self.oip,
             self.settings.policy,
             wall_clock_ms,
-            self.settings.namespace,
+            runtimes,
+            ResourceStatus(self.view, runtimes, self._endpoints, namespace, wall_clock_ms),
+            namespace,
         )
-        settings = SettingsAdmin(
-            self.view,
-            LiveSettings(self._store, self.view, on_change=self._read_live_policy),
-            self.live_policy,
-        )
+        settings = SettingsAdmin(self.view, live_settings, self.live_policy)
         health = Health(self.readiness, reflection_data.PUBLIC_SERVICES)
         return {
             **self.oip.methods(metrics),
@@ -239,6 +244,12 @@ class Router:
             **reflection.methods(),
             **not_for_clients(),
         }
+
+    def _endpoints(self) -> Endpoints:
+        bound, settings = self._bound, self.settings
+        return own_endpoints(
+            settings.host, bound.grpc_port, bound.rest_port, tls=settings.tls is not None
+        )
 
     # ---- life -----------------------------------------------------------------------------------
 
@@ -292,7 +303,8 @@ class Router:
         self._for_ever("roster", self.roster.run())
         log.info("router %s serves: gRPC %s:%d, REST %s, %r", self.router_id, settings.host,
                  grpc_port, rest_port, self.view)  # fmt: skip
-        return Bound(grpc_port, rest_port, metrics_port)
+        self._bound = Bound(grpc_port, rest_port, metrics_port)
+        return self._bound
 
     async def drain(self) -> None:
         """Say that this router leaves, let what is in flight finish, and close everything."""
