@@ -184,7 +184,8 @@ class KubeServer:
             wait_until(partial(self._serves, served, spec["names"]["plural"]), name)
 
     def _is_established(self, path: str) -> bool:
-        conditions = self.request("GET", path).get("status", {}).get("conditions", ())
+        status = self.request("GET", path).get("status") or {}
+        conditions = status.get("conditions") or ()
         return any(one["type"] == "Established" and one["status"] == "True" for one in conditions)
 
     def _serves(self, group_version: str, plural: str) -> bool:
