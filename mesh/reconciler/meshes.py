@@ -11,8 +11,9 @@ it has been met.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -23,13 +24,22 @@ from mesh.core.live_config import RUNTIMES
 from mesh.core.types import CopyRecord, FailureRecord, InstanceRecord, VModelRecord
 from mesh.core.view import ClusterView
 from mesh.manifest import AppliedModel
-from mesh.store.api import Delete, KVStore, ModRevisionIs, Operation, Put, Snapshot
+from mesh.store.api import (
+    Delete,
+    KVStore,
+    ModRevisionIs,
+    Operation,
+    Put,
+    Snapshot,
+    StoreUnavailable,
+)
 from mesh.view_sync import ViewSync
 
 logger = logging.getLogger(__name__)
 
 # Asks the store so often whether it is there: a watch alone tells of nothing while it is away.
 _LOOK_S: Final = 5.0
+_LOOK_AWAY_S: Final = 1.0
 # Keys that one transaction deletes.
 _BATCH: Final = 100
 
@@ -154,12 +164,14 @@ class Mesh:
         """As the resource says; a name that is new has its model loaded before anybody asks."""
         if applied.name not in self.view.vmodels:
             applied = replace(applied, alias=replace(applied.alias, awaits_load=True))
-        return await self._catalog.apply(applied)
+        with self._noticing():
+            return await self._catalog.apply(applied)
 
     async def unregister(self, name: str, owner: str) -> bool:
         """Whether it was there and that owner's. Models that others name stay."""
-        existed, _ = await self._catalog.delete(name, owner=owner)
-        return existed
+        with self._noticing():
+            existed, _ = await self._catalog.delete(name, owner=owner)
+            return existed
 
     async def forget_failures(self, model_ids: Collection[str]) -> None:
         """What failed may be tried again at once: its cause has been seen to."""
@@ -239,16 +251,28 @@ class Mesh:
         while True:
             try:
                 await self._store.get(registry.LEADER_KEY)
-                reachable = True
+                self._now_reachable(True)
             except MeshError:
-                reachable = False
-            if reachable != self.reachable:
-                self.reachable = reachable
-                log = logger.info if reachable else logger.warning
-                log("namespace %s: etcd %s", self.namespace, "answers" if reachable else "is away")
-                self._listener.names_changed(self.namespace, None)
-                self._listener.instances_changed(self.namespace)
-            await asyncio.sleep(_LOOK_S)
+                self._now_reachable(False)
+            await asyncio.sleep(_LOOK_S if self.reachable else _LOOK_AWAY_S)
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """A write that finds etcd away tells everybody."""
+        try:
+            yield
+        except StoreUnavailable:
+            self._now_reachable(False)
+            raise
+
+    def _now_reachable(self, reachable: bool) -> None:
+        if reachable == self.reachable:
+            return
+        self.reachable = reachable
+        log = logger.info if reachable else logger.warning
+        log("namespace %s: etcd %s", self.namespace, "answers" if reachable else "is away")
+        self._listener.names_changed(self.namespace, None)
+        self._listener.instances_changed(self.namespace)
 
 
 def _runtime_of(key: str) -> str | None:

@@ -13,7 +13,7 @@ import heapq
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -27,6 +27,8 @@ K = TypeVar("K", bound=Hashable)
 BASE_MS: Final = 5
 # client-go waits up to 1,000 s; people watch a cluster that came back.
 LONGEST_MS: Final = 60_000
+# A conflict means that somebody else was quicker, not that something is wrong.
+_LONGEST_CONFLICT_MS: Final = 1_000
 # Never all at the same moment: at least this part of the delay, the rest is drawn.
 _LEAST_OF_DELAY: Final = 0.5
 
@@ -65,6 +67,11 @@ class Schedule(Generic[K]):
     def delayed(self) -> int:
         return len(self._due_ms)
 
+    @property
+    def failed(self) -> Collection[K]:
+        """Keys whose last try failed."""
+        return self._failures.keys()
+
     def failures(self, key: K) -> int:
         """In a row, so far."""
         return self._failures.get(key, 0)
@@ -89,10 +96,17 @@ class Schedule(Generic[K]):
         self._sequence += 1
         heapq.heappush(self._heap, (due_ms, self._sequence, key))
 
-    def add_failed(self, key: K, now_ms: int, draw: float, at_least_ms: int = 0) -> int:
+    def add_failed(
+        self,
+        key: K,
+        now_ms: int,
+        draw: float,
+        at_least_ms: int = 0,
+        longest_ms: int = LONGEST_MS,
+    ) -> int:
         """Due after its backoff, which is returned in milliseconds."""
         failures = self._failures[key] = self._failures.get(key, 0) + 1
-        delay_ms = max(backoff_ms(failures, draw), at_least_ms)
+        delay_ms = max(backoff_ms(failures, draw, BASE_MS, longest_ms), at_least_ms)
         self.add_at(key, now_ms + delay_ms)
         return delay_ms
 
@@ -220,8 +234,9 @@ class WorkQueue(Generic[K]):
         except Exception as error:  # whatever it is, the other keys go on
             self.failed_total += 1
             asked_s = error.retry_after_s if isinstance(error, ApiAway) else 0.0
+            longest_ms = _LONGEST_CONFLICT_MS if isinstance(error, ApiConflict) else LONGEST_MS
             delay_ms = self.schedule.add_failed(
-                key, _now_ms(), random.random(), round(asked_s * 1_000)
+                key, _now_ms(), random.random(), round(asked_s * 1_000), longest_ms
             )
             _log_failure(self._name, key, error, delay_ms)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from mesh.core.types import (
 from mesh.metrics import ControllerMetrics
 from mesh.reconciler.config import ControllerConfig
 from mesh.reconciler.controller import Controller
-from mesh.reconciler.kube import ApiNotFound, Kube
+from mesh.reconciler.kube import ApiNotFound, Kube, Limits
 from mesh.reconciler.kube_resources import (
     EVENTS,
     INFERENCE_SERVICES,
@@ -38,7 +39,7 @@ from mesh.reconciler.kube_resources import (
 from mesh.reconciler.settings import ControllerSettings
 from mesh.store.api import Delete
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
+from mesh.store.etcd_options import EtcdOptions
 from tests.etcd_server import EtcdServer
 from tests.kube_server import KubeServer
 
@@ -207,6 +208,7 @@ class Rig:
         kubeconfig: Path | None = None,
         config: ControllerConfig | None = None,
         leads: Callable[[], bool] = lambda: True,
+        limits: Limits | None = None,
         **settings: Any,
     ) -> Controller:
         assert self.controller is None
@@ -216,7 +218,7 @@ class Rig:
         chosen = ControllerSettings(
             etcd_endpoints=(self.etcd.endpoint,), config=config or ControllerConfig(), **known
         )
-        kube = await Kube.connect(kubeconfig or self.server.kubeconfig("admin"))
+        kube = await Kube.connect(kubeconfig or self.server.kubeconfig("admin"), limits=limits)
         self._controller_client = kube
         self.controller = Controller(
             chosen,
@@ -245,6 +247,22 @@ class Rig:
     def store_of(self, namespace: str) -> EtcdStore:
         options = EtcdOptions((self.etcd.endpoint,))
         return EtcdStore(options, prefix="mesh", namespace=namespace)
+
+    @property
+    def calls(self) -> Counter[tuple[str, str, int]]:
+        """The controller's calls by verb, plural and HTTP status; 0 for no answer."""
+        assert self._controller_client is not None
+        return self._controller_client.calls_total
+
+    async def idle(self) -> None:
+        """Until the controller has nothing to do."""
+        controller = self.controller
+        assert controller is not None
+
+        async def look() -> bool:
+            return len(controller.queue.schedule) == 0
+
+        await until(look, what="an empty queue")
 
     @property
     def writes(self) -> int:

@@ -78,21 +78,11 @@ async def test_nothing_is_written_while_nothing_changes(rig: Rig) -> None:
         await rig.mesh.load(f"m{number}")
     for number in range(5):
         await rig.ready(f"m{number}")
-    await _idle(rig)
+    await rig.idle()
     before = rig.writes
     controller.names_changed(rig.namespace, None)
-    await _idle(rig)
+    await rig.idle()
     assert rig.writes == before
-
-
-async def _idle(rig: Rig) -> None:
-    controller = rig.controller
-    assert controller is not None
-
-    async def look() -> bool:
-        return len(controller.queue.schedule) == 0
-
-    await until(look, what="an empty queue")
 
 
 # ---- what cannot be served ----------------------------------------------------------------------
