@@ -35,7 +35,7 @@ from mesh.core.types import ModelRecord
 from mesh.internal_calls import DESCRIBE_PATH
 from mesh.store.api import Put
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
+from mesh.store.etcd_options import EtcdOptions
 from protos import mesh_internal_pb2, oip_pb2
 
 NAMESPACE = "bench-batching"

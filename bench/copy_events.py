@@ -17,7 +17,7 @@ from mesh.core.types import CopyRecord, CopyState
 from mesh.registry import copy_key, encode
 from mesh.store.api import Delete, Put
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
+from mesh.store.etcd_options import EtcdOptions
 
 # Transactions under way at once: enough for any rate asked for here.
 _AT_ONCE = 32

@@ -41,7 +41,7 @@ from mesh.core.view import ClusterView
 from mesh.registry import encode, key_of
 from mesh.store.api import Changes, KVStore, Put, Snapshot
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
+from mesh.store.etcd_options import EtcdOptions
 from mesh.view_sync import ViewSync
 
 INSTANCES: Final = 1_000

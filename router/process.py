@@ -35,7 +35,6 @@ from mesh.oip import reflection_data
 from mesh.registry import LEADER_KEY
 from mesh.store.api import KVStore
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
 from mesh.view_sync import ViewSync
 from mesh.wire.calls import Method
 from mesh.wire.client import Channel
@@ -438,9 +437,7 @@ class Router:
 async def run(settings: RouterSettings) -> int:
     """Serve until SIGTERM or SIGINT; the exit status. A second signal ends at once."""
     store = EtcdStore(
-        EtcdOptions(settings.etcd_endpoints),
-        prefix=settings.prefix,
-        namespace=settings.namespace,
+        settings.etcd_options, prefix=settings.prefix, namespace=settings.namespace
     )
     router = Router(settings, store)
     stop = asyncio.Event()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mesh.core.policy import Policy
+from mesh.store.etcd_options import EtcdOptions
 from mesh.wire.limits import INSIDE, PUBLIC, Limits
 
 
@@ -30,6 +31,7 @@ class RouterSettings:
     metrics_port: int | None = 2112  # None: no listener
     reuse_port: bool = True  # several routers share gRPC and REST ports
     etcd_endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    etcd: EtcdOptions | None = None  # in place of etcd_endpoints: with TLS, or as a user
     prefix: str = "mesh"
     namespace: str = "default"
     name: str = "router"  # start of the router's id; the rest is drawn at each start
@@ -50,3 +52,7 @@ class RouterSettings:
         for what in ("drain_notice_ms", "drain_timeout_ms"):
             if getattr(self, what) < 0:
                 raise ValueError(f"RouterSettings.{what} is {getattr(self, what)}; at least 0")
+
+    @property
+    def etcd_options(self) -> EtcdOptions:
+        return self.etcd or EtcdOptions(self.etcd_endpoints)

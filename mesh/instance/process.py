@@ -18,7 +18,6 @@ from mesh.instance.instance import Instance
 from mesh.instance.runtime_choice import choose_runtimes
 from mesh.instance.settings import InstanceSettings
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
 from puller.puller import Puller
 
 log = logging.getLogger(__name__)
@@ -26,11 +25,7 @@ log = logging.getLogger(__name__)
 
 async def run(settings: InstanceSettings) -> int:
     """Serve until told to stop; the exit status."""
-    store = EtcdStore(
-        EtcdOptions(endpoints=settings.etcd_endpoints),
-        prefix=settings.prefix,
-        namespace=settings.namespace,
-    )
+    store = EtcdStore(settings.etcd_options, prefix=settings.prefix, namespace=settings.namespace)
     try:
         chosen = await choose_runtimes(settings)
     except MeshError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mesh.core.policy import Policy
 from mesh.runtimes.settings import RuntimeSettings
+from mesh.store.etcd_options import EtcdOptions
 from mesh.wire.limits import INSIDE, Limits
 from puller.settings import PullerSettings
 
@@ -24,6 +25,7 @@ class InstanceSettings:
     metrics_port: int | None = 0  # None: no listener
     capacity_bytes: int = 1 << 30
     etcd_endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    etcd: EtcdOptions | None = None  # in place of etcd_endpoints: with TLS, or as a user
     prefix: str = "mesh"
     namespace: str = "default"
     name: str = "instance"  # start of the instance's id; the rest is drawn at each start
@@ -67,3 +69,7 @@ class InstanceSettings:
                 raise ValueError(f"InstanceSettings.{what} must not be negative")
         if not self.etcd_endpoints:
             raise ValueError("InstanceSettings.etcd_endpoints must name at least one endpoint")
+
+    @property
+    def etcd_options(self) -> EtcdOptions:
+        return self.etcd or EtcdOptions(self.etcd_endpoints)

@@ -25,7 +25,6 @@ from mesh.reconciler.lease import LeaseElection
 from mesh.reconciler.settings import ControllerSettings
 from mesh.store.api import KVStore
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +87,7 @@ async def _run(settings: ControllerSettings, kube: Kube, stop: asyncio.Event) ->
 
 
 def _store(settings: ControllerSettings, namespace: str) -> KVStore:
-    return EtcdStore(
-        EtcdOptions(settings.etcd_endpoints), prefix=settings.prefix, namespace=namespace
-    )
+    return EtcdStore(settings.etcd_options, prefix=settings.prefix, namespace=namespace)
 
 
 def loop_task(work: Any, name: str) -> asyncio.Task[Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mesh.reconciler.config import ControllerConfig
+from mesh.store.etcd_options import EtcdOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class ControllerSettings:
     namespace: str | None = None  # None: the kubeconfig's own, or the pod's
     all_namespaces: bool = False  # those with the label modelmesh-enabled: "true"
     etcd_endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    etcd: EtcdOptions | None = None  # in place of etcd_endpoints: with TLS, or as a user
     prefix: str = "mesh"
     leader_elect: bool = False
     # Serving pods and routers are made in the cluster; without, they are somebody else's.
@@ -36,3 +38,7 @@ class ControllerSettings:
             raise ValueError("ControllerSettings.etcd_endpoints must name at least one endpoint")
         if self.workers < 1:
             raise ValueError("ControllerSettings.workers must be at least 1")
+
+    @property
+    def etcd_options(self) -> EtcdOptions:
+        return self.etcd or EtcdOptions(self.etcd_endpoints)

@@ -32,6 +32,7 @@ from mesh.store.api import (
 )
 from mesh.store.etcd_lease import EtcdLease
 from mesh.store.etcd_messages import KeySpace
+from mesh.store.etcd_options import EtcdOptions
 from mesh.store.etcd_rpc import (
     COMPACT,
     DELETE_RANGE,
@@ -42,7 +43,6 @@ from mesh.store.etcd_rpc import (
     TXN,
     WATCH,
     Compacted,
-    EtcdOptions,
     EtcdRpc,
     LeaseExists,
 )

@@ -12,7 +12,7 @@ import pytest
 from mesh.core.types import ModelRecord
 from mesh.registry import encode, key_of, model_key
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
+from mesh.store.etcd_options import EtcdOptions
 from tests.chaos.rig import MODELS, Rig, readiness
 from tests.e2e.asking import Asker, isvc, total
 

@@ -25,7 +25,7 @@ from mesh.instance.instance import Instance
 from mesh.instance.settings import InstanceSettings
 from mesh.runtimes.registry import RuntimeRegistry
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
+from mesh.store.etcd_options import EtcdOptions
 from mesh.store.memory import MemoryStore
 from protos import mesh_internal_pb2, oip_pb2
 from puller.puller import Puller

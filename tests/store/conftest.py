@@ -10,7 +10,7 @@ import pytest
 from mesh.store.api import KVStore
 from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_binary import EtcdNotFound
-from mesh.store.etcd_rpc import EtcdOptions
+from mesh.store.etcd_options import EtcdOptions
 from mesh.store.memory import MemoryServer, MemoryStore
 from tests.etcd_server import EtcdServer
 

@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 from mesh.core.errors import InvalidArgument
 from mesh.store.api import StoreDenied, StoreUnavailable
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions, EtcdTls, parse_endpoints, split_endpoint
+from mesh.store.etcd_options import EtcdOptions, EtcdTls, parse_endpoints, split_endpoint
 from tests.etcd_server import EtcdServer
 from tests.store.watching import Watching
 

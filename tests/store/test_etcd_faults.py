@@ -19,7 +19,7 @@ from mesh.store.api import (
     StoreUnavailable,
 )
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
+from mesh.store.etcd_options import EtcdOptions
 from tests.etcd_server import EtcdServer, free_port
 from tests.store.tcp_proxy import TcpProxy
 from tests.store.watching import WAIT_S, Watching
