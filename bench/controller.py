@@ -29,7 +29,7 @@ from mesh.reconciler.kube import Kube
 from mesh.reconciler.kube_resources import INFERENCE_SERVICES, SERVING_RUNTIMES, Obj
 from mesh.store.api import Changes, Put
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_rpc import EtcdOptions
+from mesh.store.etcd_options import EtcdOptions
 
 SERVICES = 2_000
 CHANGES = 60
