@@ -2,7 +2,8 @@
 
 MLServer is measured where ``.venv-mlserver`` is there (``make .venv-mlserver/.installed``); the
 same fitted model, client and core. What runs in the instance is the skops file, in the pod, and the
-joblib file, in a process of its own.
+joblib file, in a process of its own. The linear model and the forest are answered in a shorter way
+than their own ``predict`` (mesh/runtimes/sklearn_direct.py); the support vector machine by it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ DENSE_KB_MAX = 20.0
 MLSERVER = ROOT / ".venv-mlserver" / "bin" / "mlserver"
 # Names of the linear model: in the pod, in a process of its own, in the pod without batching.
 IN_POD, ISOLATED, UNBATCHED = "digits", "digits-joblib", "digits-one-by-one"
+# Other models of the same data, one request at a time against their own ``predict`` in a loop.
+FOREST, VECTORS = "forest-100", "svc"
 
 _BARE_SESSION = """
 import sys, time
@@ -199,19 +202,29 @@ def _until(child: Child, condition: Callable[[], bool]) -> None:
 
 
 def _fitted(folder: Path) -> np.ndarray[Any, Any]:
-    """Writes the model as skops and joblib; gives one row."""
+    """Writes the models as skops and joblib; gives one row."""
     import joblib
     import skops.io
     from sklearn.datasets import load_digits
+    from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import SVC
 
     x, y = load_digits(return_X_y=True)
     model = LogisticRegression(max_iter=2_000).fit(x, y)
     for name in (IN_POD, UNBATCHED):
         (folder / "models" / name).mkdir(parents=True)
         skops.io.dump(model, folder / "models" / name / "model.skops")
-    (folder / "models" / ISOLATED).mkdir()
-    joblib.dump(model, folder / "models" / ISOLATED / "model.joblib")
+    for name, other in (
+        (ISOLATED, model),
+        (FOREST, RandomForestClassifier(100, random_state=0).fit(x, y)),
+        (VECTORS, SVC().fit(x, y)),
+    ):
+        place = folder / "models" / name
+        place.mkdir()
+        joblib.dump(other, place / "model.joblib")
+        if name != ISOLATED:
+            skops.io.dump(other, place / "model.skops")
     row: np.ndarray[Any, Any] = x[:1]
     np.save(folder / "row.npy", row)
     return row
@@ -236,7 +249,7 @@ def scikit_learn(report: Report, effort: Effort) -> None:
             )
         )  # fmt: skip
         models = (IN_POD, ISOLATED, UNBATCHED)
-        _register(mesh, folder, models)
+        _register(mesh, folder, (*models, FOREST, VECTORS))
         servers: dict[str, int] = dict.fromkeys(models, mesh.instances[0].port)
         if MLSERVER.exists():
             servers["MLServer"] = stack.enter_context(_mlserver(folder))
@@ -245,16 +258,13 @@ def scikit_learn(report: Report, effort: Effort) -> None:
         shapes = {1: Load(0, 1, 1), 64: Load(0, 8, 8)}
         rates: dict[tuple[str, int], list[float]] = {}
         bare: list[float] = []
+        others: dict[str, tuple[list[float], list[float]]] = {FOREST: ([], []), VECTORS: ([], [])}
         for _ in range(effort.pairs):
-            bare.append(
-                _bare(
-                    _BARE_PREDICT,
-                    str(folder / "models" / ISOLATED / "model.joblib"),
-                    str(folder / "row.npy"),
-                    str(effort.seconds),
-                    core=serving_core(),
-                )
-            )
+            bare.append(_bare_rate(folder, ISOLATED, effort.seconds))
+            for other, (own, ours) in others.items():
+                own.append(_bare_rate(folder, other, effort.seconds))
+                port = mesh.instances[0].port
+                ours.append(_rate(folder, other, port, row, shapes[1], effort.seconds))
             for server, port in servers.items():
                 for inflight, shape in shapes.items():
                     rate = _rate(folder, server, port, row, shape, effort.seconds)
@@ -265,11 +275,24 @@ def scikit_learn(report: Report, effort: Effort) -> None:
         report.row(section, what=f"{server}, {inflight} in flight", **{"requests/s": spread(found)})
     ratio = pair_ratios(rates[IN_POD, 1], bare)
     report.figure("scikit-learn, 1 in flight, rate : bare loop", ratio, "at least", 0.6)
+    for other, (own, ours) in others.items():
+        report.row(section, what=f"{other}, bare predict loop", **{"requests/s": spread(own)})
+        report.row(section, what=f"{other}, 1 in flight", **{"requests/s": spread(ours)})
+        ratio = pair_ratios(ours, own)
+        report.figure(f"{other}, 1 in flight, rate : bare loop", ratio, "at least", 0.6)
     if "MLServer" in servers:
         theirs = rates["MLServer", 64]
         for server, least in ((IN_POD, 8.0), (UNBATCHED, 4.0)):
             ratio = pair_ratios(rates[server, 64], theirs)
             report.figure(f"{server}, 64 in flight, rate : MLServer", ratio, "at least", least)
+
+
+def _bare_rate(folder: Path, name: str, seconds: float) -> float:
+    """The model's own ``predict`` of one row in a loop, on the serving core."""
+    return _bare(
+        _BARE_PREDICT, str(folder / "models" / name / "model.joblib"), str(folder / "row.npy"),
+        str(seconds), core=serving_core(),
+    )  # fmt: skip
 
 
 def _register(mesh: Cluster, folder: Path, models: tuple[str, ...]) -> None:
