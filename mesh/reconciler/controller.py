@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 ENABLED_SELECTOR: Final = "modelmesh-enabled=true"
 # After a key's namespace has no whole registry yet, it is looked at again so soon.
 _SYNCING_S: Final = 1.0
+# How models are used decides on pods; while a thousand of them load, not at each one.
+_USAGE_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,8 +370,6 @@ class Controller:
                 self._open_meshes()
             return
         self.queue.add(ServiceKey(resource, namespace, name))
-        if self.settings.workloads:
-            self.queue.add(SpaceKey(namespace))
 
     def _space_changed(self, namespace: str) -> None:
         """Its pods, and every service: another runtime or secret may be what it lacked."""
@@ -407,6 +407,10 @@ class Controller:
 
     def instances_changed(self, namespace: str, /) -> None:
         self.queue.add(SpaceKey(namespace))
+
+    def usage_changed(self, namespace: str, /) -> None:
+        if self.settings.workloads:
+            self.queue.add_after(SpaceKey(namespace), _USAGE_S)
 
     # ---- namespaces ---------------------------------------------------------------------------
 

@@ -61,7 +61,11 @@ class MeshListener(Protocol):
 
     def demand_changed(self, namespace: str, /) -> None: ...
 
-    def instances_changed(self, namespace: str, /) -> None: ...
+    def instances_changed(self, namespace: str, /) -> None:
+        """One came, went or changed its state; none of its models need have."""
+
+    def usage_changed(self, namespace: str, /) -> None:
+        """Models or copies changed, as they do all the time."""
 
 
 class _NotedView(ClusterView):
@@ -221,6 +225,8 @@ class Mesh:
             self._listener.names_changed(self.namespace, names)
         if instances:
             self._listener.instances_changed(self.namespace)
+        elif touched or names:
+            self._listener.usage_changed(self.namespace)
 
     async def _follow_demand(self) -> None:
         async for step in self._store.watch(registry.DEMAND_PREFIX):

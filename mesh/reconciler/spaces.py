@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, assert_never
 
 from mesh.core.errors import InvalidArgument, MeshError
@@ -68,6 +68,7 @@ class _Noticed:
     """What only this process remembers of a runtime in a namespace."""
 
     unused_since_ms: int | None = None
+    demanded_at_ms: int = 0  # the last demand, which is deleted when it is met
     said: str = ""  # what its last warning event said
 
 
@@ -106,7 +107,7 @@ class Spaces:
         usages = usage_of(mesh, sources)
         claims = claims_of(self._cluster.storage(namespace), _claims(mesh.view), config)
         for source in sources:
-            usage = self._unused(namespace, source, usages[source.name], now_ms)
+            usage = self._remembered(namespace, source, usages[source.name], now_ms)
             current = _replicas_of(observed, workload_name(config, source.name))
             decided = decide_replicas(source, usage, now_ms, config, current)
             if decided.look_again_ms is not None:
@@ -156,7 +157,7 @@ class Spaces:
             self._events.emit(source.resource, "Warning", reason, text)
         noticed.said = text
 
-    def _unused(
+    def _remembered(
         self, namespace: str, source: RuntimeSource, usage: RuntimeUsage, now_ms: int
     ) -> RuntimeUsage:
         noticed = self._noticed.setdefault((namespace, source.name), _Noticed())
@@ -164,7 +165,12 @@ class Spaces:
             noticed.unused_since_ms = None
         elif noticed.unused_since_ms is None:
             noticed.unused_since_ms = now_ms
-        return usage.since(noticed.unused_since_ms)
+        noticed.demanded_at_ms = max(noticed.demanded_at_ms, usage.demanded_at_ms)
+        return replace(
+            usage,
+            unused_since_ms=noticed.unused_since_ms,
+            demanded_at_ms=noticed.demanded_at_ms,
+        )
 
     async def _offer(self, mesh: Mesh, sources: Iterable[RuntimeSource]) -> None:
         offered = {
@@ -234,10 +240,14 @@ def usage_of(mesh: Mesh, sources: Iterable[RuntimeSource]) -> dict[str, RuntimeU
             by_format.setdefault(name, []).append(source.name)
     awaited = {view.vmodels[name].target_model_id for name in view.vmodels_in_transition()}
     for model in view.models.values():
+        copies = view.copies_of(model.model_id)
         loading = model.model_id in awaited or any(
-            copy.state is CopyState.LOADING for copy in view.copies_of(model.model_id)
+            copy.state is CopyState.LOADING for copy in copies
         )
-        last_used_ms = view.last_used_at_ms(model.model_id)
+        # Instances tell uses minutes later: what has just loaded was asked for.
+        last_used_ms = max(
+            view.last_used_at_ms(model.model_id), *(copy.loaded_at_ms for copy in copies), 0
+        )
         for name in _runtimes_of(model, by_format):
             if name in found:
                 found[name] = found[name].plus(last_used_ms=last_used_ms, loading=loading)
