@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mesh.cli.etcd_choice import ChosenEtcd, EtcdConnectionOption, choose_etcd, endpoints
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.server_options import (
     EtcdOption,
@@ -17,7 +18,10 @@ from mesh.cli.server_options import (
     PrefixOption,
     variable,
 )
-from mesh.cli.servers import DEFAULT_ETCD, endpoints, set_up_logging, software_version
+from mesh.cli.servers import set_up_logging, software_version
+
+if TYPE_CHECKING:
+    from mesh.reconciler.config import PodEtcd
 
 
 def add_to(app: typer.Typer) -> None:
@@ -25,6 +29,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def controller(
+    context: typer.Context,
     kubeconfig: Annotated[
         Path | None,
         typer.Option(
@@ -48,21 +53,14 @@ def controller(
         ),
     ] = False,
     etcd: EtcdOption = None,
-    etcd_connection: Annotated[
-        Path | None,
-        typer.Option(
-            envvar=variable("ETCD_CONNECTION"),
-            metavar="FILE",
-            help="ModelMesh's etcd_connection (JSON with endpoints and root_prefix), in place of "
-            "--etcd and --prefix.",
-        ),
-    ] = None,
+    etcd_connection: EtcdConnectionOption = None,
     pod_etcd: Annotated[
         list[str] | None,
         typer.Option(
             envvar=variable("POD_ETCD"),
             metavar="HOST:PORT,...",
-            help="etcd's endpoints as routers and serving pods reach them, if not as --etcd.",
+            help="etcd's endpoints as routers and serving pods reach them, if not as --etcd; with "
+            "--etcd-connection they mount its secret unless told so.",
         ),
     ] = None,
     prefix: PrefixOption = "mesh",
@@ -106,31 +104,18 @@ def controller(
     except ImportError as error:
         text = f"{error}: pip install 'modelmesh-py[controller]'"
         raise CommandError(text, Exit.USAGE) from error
-    from mesh.core.errors import InvalidArgument
-    from mesh.reconciler.config import (
-        ETCD_KEY,
-        ControllerConfig,
-        EtcdConnection,
-        read_etcd_secret,
-    )
+    from mesh.reconciler.config import ControllerConfig
     from mesh.reconciler.settings import ControllerSettings
 
-    connection = EtcdConnection(endpoints(etcd or [DEFAULT_ETCD]), prefix)
-    if etcd_connection is not None:
-        try:
-            data = {ETCD_KEY: etcd_connection.read_bytes()}
-            connection = read_etcd_secret(data, connection)
-        except (OSError, InvalidArgument) as error:
-            text = f"--etcd-connection {etcd_connection}: {error}"
-            raise CommandError(text, Exit.USAGE) from error
-    pods = EtcdConnection(endpoints(pod_etcd or []) or connection.endpoints, connection.prefix)
+    chosen = choose_etcd(context, etcd, etcd_connection, prefix)
+    pods = pod_etcd_of(chosen, pod_etcd)
     try:
         settings = ControllerSettings(
             kubeconfig=kubeconfig,
             namespace=namespace,
             all_namespaces=all_namespaces,
-            etcd_endpoints=connection.endpoints,
-            prefix=connection.prefix,
+            etcd=chosen.options,
+            prefix=chosen.prefix,
             leader_elect=leader_elect,
             workloads=workloads,
             storage_config_dir=write_storage_config,
@@ -142,4 +127,19 @@ def controller(
     except ValueError as error:
         raise CommandError(str(error), Exit.USAGE) from error
     set_up_logging(log_level)
+    chosen.log_warnings()
     raise typer.Exit(serve(settings))
+
+
+def pod_etcd_of(chosen: ChosenEtcd, pod_etcd: list[str] | None) -> PodEtcd:
+    """How pods reach etcd. With --etcd-connection they mount the secret that it is from, unless
+    --pod-etcd says otherwise. Raises CommandError."""
+    from mesh.reconciler.config import PodEtcd
+
+    options = chosen.options
+    if not pod_etcd:
+        return PodEtcd(options.endpoints, chosen.prefix, from_secret=chosen.file is not None)
+    if options.tls is not None or options.user:
+        text = "--pod-etcd has neither TLS nor a user; pods mount the secret of --etcd-connection"
+        raise CommandError(text, Exit.USAGE)
+    return PodEtcd(endpoints(pod_etcd), chosen.prefix)

@@ -7,7 +7,6 @@ last good value; a field of ModelMesh's that means nothing here, or an unknown o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ ETCD_KEY: Final = "etcd_connection"
 _KEPT: Final = frozenset(
     (
         *("modelMeshImage", "storageHelperImage", "storageHelperResources", "builtInServerTypes"),
-        *("payloadProcessors", "internalModelMeshEnvVars", "modelMeshEndpoint", "etcdSecretName"),
+        *("payloadProcessors", "internalModelMeshEnvVars", "modelMeshEndpoint"),
         *("enableAccessLogging",),
     )
 )
@@ -54,11 +53,14 @@ class Amounts:
 
 
 @dataclass(frozen=True, slots=True)
-class EtcdConnection:
-    """``endpoints`` are HOST:PORT; ``prefix`` is the first part of every key."""
+class PodEtcd:
+    """How routers and serving pods reach etcd. ``prefix`` is the first part of every key, unless
+    the secret says one."""
 
     endpoints: tuple[str, ...] = ("etcd:2379",)
     prefix: str = "mesh"
+    # Pods mount ``ControllerConfig.etcd_secret`` and read all from it: TLS, user and password too.
+    from_secret: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,8 @@ class ControllerConfig:
 
     image: str = "modelmesh-py:0.1.0"  # of routers and serving pods
     image_pull_policy: str = "IfNotPresent"
-    etcd: EtcdConnection = EtcdConnection()
+    etcd: PodEtcd = PodEtcd()
+    etcd_secret: str = ETCD_SECRET  # of ModelMesh's form, in every namespace that is served
     take_all: bool = False  # services without `deploymentMode: ModelMesh` as well
     service_name: str = "modelmesh-serving"
     grpc_port: int = 8033
@@ -122,40 +125,6 @@ def read_config(
     return config, tuple(f"{CONFIG_MAP}/{CONFIG_KEY}: {one}" for one in warnings)
 
 
-def read_etcd_secret(data: Mapping[str, bytes], default: EtcdConnection) -> EtcdConnection:
-    """ModelMesh's ``etcd_connection``: JSON with endpoints and root_prefix. InvalidArgument."""
-    where = f"{ETCD_SECRET}/{ETCD_KEY}"
-    try:
-        said = json.loads(data[ETCD_KEY])
-    except KeyError:
-        raise InvalidArgument(f"{where}: the secret has no such key") from None
-    except ValueError:
-        raise InvalidArgument(f"{where}: expected JSON") from None
-    if not isinstance(said, dict):
-        raise wrong(where, "a mapping", said)
-    fields = Fields(said, "", [])
-    try:
-        text = fields.text("endpoints", required="HOST:PORT, or several with commas")
-        endpoints = tuple(_endpoint(one.strip()) for one in text.split(",") if one.strip())
-        # Credentials would be ignored, and the refusal would come from etcd, in every pod.
-        for key in ("userid", "password", "certificate", "certificate_file", "client_key_file"):
-            if fields.has(key):
-                raise InvalidArgument(f"{key}: credentials for etcd are not supported")
-        prefix = fields.text("root_prefix").strip("/")
-    except InvalidArgument as error:
-        raise InvalidArgument(f"{where}: {error.message}") from None
-    return EtcdConnection(endpoints or default.endpoints, prefix or default.prefix)
-
-
-def _endpoint(text: str) -> str:
-    if text.startswith("https://"):
-        raise InvalidArgument(f"endpoints: {text}: TLS towards etcd is not supported")
-    host, _, port = text.removeprefix("http://").rstrip("/").rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
-        raise wrong("endpoints", "HOST:PORT, or several with commas", text)
-    return f"{host}:{port}"
-
-
 def _read(top: Fields, flags: ControllerConfig, warnings: list[str]) -> ControllerConfig:
     config = replace(
         flags,
@@ -168,6 +137,7 @@ def _read(top: Fields, flags: ControllerConfig, warnings: list[str]) -> Controll
         headless=_flag(top, "headlessService", flags.headless),
         pods_per_runtime=_count(top, "podsPerRuntime", flags.pods_per_runtime),
         storage_secret=_name(top, "storageSecretName", flags.storage_secret),
+        etcd_secret=_name(top, "etcdSecretName", flags.etcd_secret),
         message_bytes_max=_number(top, "grpcMaxMessageSizeBytes", flags.message_bytes_max, 1_024),
         allow_any_claim=_flag(top, "allowAnyPVC", flags.allow_any_claim),
         service_account=_name(top, "serviceAccountName", flags.service_account),
@@ -180,6 +150,8 @@ def _read(top: Fields, flags: ControllerConfig, warnings: list[str]) -> Controll
     )
     for read in (_read_router, _read_rest, _read_metrics, _read_scale_to_zero, _read_tls):
         config = read(top, config, warnings)
+    if top.has("etcdSecretName") and not flags.etcd.from_secret:
+        warnings.append("etcdSecretName: not used, as the controller has no --etcd-connection")
     top.close(_KEPT)
     return config
 

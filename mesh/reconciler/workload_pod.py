@@ -18,7 +18,7 @@ import yaml
 from mesh.core.errors import InvalidArgument
 from mesh.manifest_fields import wrong
 from mesh.quantity import parse_quantity
-from mesh.reconciler.config import ControllerConfig
+from mesh.reconciler.config import ETCD_KEY, ControllerConfig
 from mesh.reconciler.kube_resources import CONFIG_MAPS, DEPLOYMENTS, Obj
 from mesh.reconciler.workload_names import (
     MANAGED_BY,
@@ -40,6 +40,7 @@ RUNTIME_FILE: Final = "runtime.yaml"
 _ARTIFACTS_DIR: Final = f"{MODELS_DIR}/_artifacts"
 _RUNTIME_DIR: Final = "/etc/mesh/runtime"
 _STORAGE_DIR: Final = "/storage-config"
+_ETCD_DIR: Final = "/etc/mesh/etcd"
 _CLAIMS_DIR: Final = "/pvc_mounts"  # puller.settings.PullerSettings.pvc_root
 RUNTIME_HASH: Final = "mesh.serving/runtime-hash"
 _MIB: Final = 1 << 20
@@ -74,8 +75,11 @@ def value(name: str, text: str = "", *, field: str = "") -> dict[str, Any]:
 
 def mesh_env(config: ControllerConfig, namespace: str) -> list[dict[str, Any]]:
     """Variables of routers and serving pods alike."""
+    etcd = value("MESH_ETCD", ",".join(config.etcd.endpoints))
+    if config.etcd.from_secret:
+        etcd = value("MESH_ETCD_CONNECTION", f"{_ETCD_DIR}/{ETCD_KEY}")
     env = [
-        value("MESH_ETCD", ",".join(config.etcd.endpoints)),
+        etcd,
         value("MESH_PREFIX", config.etcd.prefix),
         value("MESH_NAMESPACE", namespace),
         value("MESH_METRICS_HOST", "0.0.0.0"),
@@ -100,6 +104,8 @@ def mesh_container(
 ) -> dict[str, Any]:
     """``mesh router`` or ``mesh instance``. ``mounts``: by path."""
     probe = {"httpGet": {"path": "/livez", "port": "metrics"}}
+    if config.etcd.from_secret:
+        mounts = {_ETCD_DIR: {"name": "etcd-connection", "readOnly": True}, **mounts}
     return {
         "name": OUR_CONTAINER,
         "image": config.image,
@@ -172,6 +178,10 @@ def pod_spec(
             for key in ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
         ],
     }
+    if config.etcd.from_secret:
+        # No container of the runtime mounts it, and only the pod's group could read it.
+        secret = {"secretName": config.etcd_secret, "defaultMode": 0o440}
+        spec["volumes"].append({"name": "etcd-connection", "secret": secret})
     if config.service_account:
         spec["serviceAccountName"] = config.service_account
     if config.pull_secrets:

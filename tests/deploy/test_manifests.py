@@ -11,10 +11,11 @@ import typer
 import yaml
 
 from mesh.cli.main import app
-from mesh.reconciler.config import CONFIG_MAP, ControllerConfig, read_config, read_etcd_secret
+from mesh.reconciler.config import CONFIG_MAP, ETCD_KEY, ETCD_SECRET, ControllerConfig, read_config
 from mesh.reconciler.workload import RuntimeSource, refusal, runtime_objects
 from mesh.reconciler.workload_pod import USER
 from mesh.reconciler.workload_router import router_objects
+from mesh.store.etcd_connection import parse_etcd_connection
 from tests.deploy.accepting import check_schema, has_schema
 from tests.deploy.manifests import (
     CLUSTER_KINDS,
@@ -207,9 +208,15 @@ def test_the_configuration_can_be_read(name: str) -> None:
 def test_the_examples_can_be_read() -> None:
     folder = DEPLOY / "examples" / "kubernetes"
     (secret,) = documents(folder / "etcd-secret.yaml")
-    data = {key: text.encode() for key, text in secret["stringData"].items()}
-    found = read_etcd_secret(data, ControllerConfig().etcd)
-    assert found.endpoints == ("etcd-0.example:2379", "etcd-1.example:2379")
+    assert secret["metadata"]["name"] == ETCD_SECRET
+    entries = {key: text.encode() for key, text in secret["stringData"].items()}
+    found = parse_etcd_connection(entries[ETCD_KEY], entries.__getitem__)
+    assert found.warnings == ()
+    assert found.options.endpoints == (
+        *("https://etcd-0.example:2379", "https://etcd-1.example:2379"),
+    )
+    assert found.options.tls is not None
+    assert found.options.tls.key == entries["tls.key"]
     (storage,) = documents(folder / "storage-config.yaml")
     assert storage["metadata"]["name"] == ControllerConfig().storage_secret
     assert yaml.safe_load(storage["stringData"]["default"])["type"] == "s3"
@@ -244,6 +251,7 @@ def test_the_external_etcd_is_read_from_its_secret() -> None:
     (mount,) = [one for one in container["volumeMounts"] if one["name"] == "etcd"]
     said = {one["name"]: one.get("value") for one in container["env"]}
     assert said["MESH_ETCD_CONNECTION"] == f"{mount['mountPath']}/etcd_connection"
+    assert "MESH_ETCD" not in said  # only one of the two may be given
     assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
 
 

@@ -10,10 +10,9 @@ from mesh.core.errors import InvalidArgument
 from mesh.reconciler.config import (
     Amounts,
     ControllerConfig,
-    EtcdConnection,
+    PodEtcd,
     amount,
     read_config,
-    read_etcd_secret,
 )
 
 FLAGS = ControllerConfig(image="mesh:9", pods_per_runtime=3)
@@ -85,6 +84,17 @@ def test_modelmeshs_fields() -> None:
         pod_annotations={"note": "b"},
         sidecar=Amounts("100m", "96Mi", "3", "448Mi"),
     )
+
+
+def test_the_secret_of_etcd_counts_where_pods_read_it() -> None:
+    text = "etcdSecretName: my-etcd"
+    config, warnings = read(text)
+    assert [one.partition(": ")[2] for one in warnings] == [
+        "etcdSecretName: not used, as the controller has no --etcd-connection"
+    ]
+    mounted = replace(FLAGS, etcd=PodEtcd(from_secret=True))
+    config, warnings = read_config({"config.yaml": text}, mounted)
+    assert (config.etcd_secret, warnings) == ("my-etcd", ())
 
 
 def test_our_own_fields() -> None:
@@ -172,45 +182,3 @@ def test_the_key_is_missing() -> None:
 )
 def test_amount(text: str, number: float) -> None:
     assert amount(text) == number
-
-
-DEFAULT = EtcdConnection()
-
-
-def secret(text: str) -> EtcdConnection:
-    return read_etcd_secret({"etcd_connection": text.encode()}, DEFAULT)
-
-
-def test_the_etcd_secret() -> None:
-    said = '{"endpoints": "http://a:2379, b:2380/", "root_prefix": "/mine/"}'
-    assert secret(said) == EtcdConnection(("a:2379", "b:2380"), "mine")
-    assert secret('{"endpoints": "a:1"}') == EtcdConnection(("a:1",), DEFAULT.prefix)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "expected JSON"),
-        ("[]", "expected a mapping"),
-        ("{}", "endpoints"),
-        ('{"endpoints": "a"}', "HOST:PORT"),
-        ('{"endpoints": "https://a:1"}', "TLS towards etcd"),
-        ('{"endpoints": "a:1", "userid": "root"}', "userid: credentials"),
-    ],
-)
-def test_a_wrong_etcd_secret(text: str, said: str) -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        secret(text)
-    assert caught.value.message.startswith("model-serving-etcd/etcd_connection")
-    assert said in caught.value.message
-
-
-def test_an_etcd_secret_without_the_key() -> None:
-    with pytest.raises(InvalidArgument, match="no such key"):
-        read_etcd_secret({}, DEFAULT)
-
-
-def test_no_secret_is_in_an_error() -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        secret('{"endpoints": "a:1", "password": "hunter2"}')
-    assert "hunter2" not in caught.value.message

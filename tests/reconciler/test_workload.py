@@ -12,7 +12,7 @@ import yaml
 
 from mesh.core.errors import InvalidArgument
 from mesh.instance.settings import InstanceSettings
-from mesh.reconciler.config import ControllerConfig
+from mesh.reconciler.config import ControllerConfig, PodEtcd
 from mesh.reconciler.workload import (
     RuntimeSource,
     claims_of,
@@ -171,6 +171,17 @@ def test_variables_of_the_instance() -> None:
         "fieldRef": {"fieldPath": "metadata.labels['pod-template-hash']"}
     }
     assert said["MESH_ADVERTISE"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+
+
+def test_only_our_container_gets_the_secret_of_etcd() -> None:
+    spec = pod(FULL, replace(CONFIG, etcd=PodEtcd(from_secret=True)))
+    ours, server = container(spec), container(spec, "server")
+    assert env(ours)["MESH_ETCD_CONNECTION"] == "/etc/mesh/etcd/etcd_connection"
+    assert "MESH_ETCD" not in env(ours)
+    assert mounts(ours)["/etc/mesh/etcd"] == "etcd-connection"
+    assert "etcd-connection" not in mounts(server).values()
+    (volume,) = [one for one in spec["volumes"] if one["name"] == "etcd-connection"]
+    assert volume["secret"]["secretName"] == "model-serving-etcd"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from mesh.reconciler.config import ControllerConfig, EtcdConnection
+from mesh.reconciler.config import ControllerConfig, PodEtcd
 from mesh.reconciler.kube_resources import Obj
 from mesh.reconciler.workload import RuntimeSource, runtime_objects
 from mesh.reconciler.workload_pod import RUNTIME_FILE
@@ -40,7 +40,7 @@ FIELDS = {
 
 def config(etcd: EtcdServer) -> ControllerConfig:
     return ControllerConfig(
-        etcd=EtcdConnection((etcd.endpoint,), "mesh"),
+        etcd=PodEtcd((etcd.endpoint,), "mesh"),
         grpc_port=free_port(),
         rest_port=free_port(),
         metrics_port=free_port(),

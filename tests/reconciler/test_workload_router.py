@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mesh.reconciler.config import Amounts, ControllerConfig, EtcdConnection
+from mesh.reconciler.config import Amounts, ControllerConfig, PodEtcd
 from mesh.reconciler.workload_router import DRAIN_NOTICE_MS, DRAIN_TIMEOUT_MS, router_objects
 from router.settings import RouterSettings
 from tests.deploy.accepting import check_accepted, check_schema, has_schema
@@ -15,6 +15,7 @@ from tests.kube_server import KubeServer
 
 CONFIG = ControllerConfig()
 TLS = replace(CONFIG, tls_secret="certificates", tls_clients_shown=True)
+SECRET = replace(CONFIG, etcd=PodEtcd(from_secret=True))
 
 
 def objects(config: ControllerConfig = CONFIG) -> dict[str, dict[str, Any]]:
@@ -35,7 +36,7 @@ def ports(config: ControllerConfig = CONFIG) -> dict[str, int]:
 
 
 @pytest.mark.kube
-@pytest.mark.parametrize("config", [CONFIG, TLS], ids=["plain", "TLS"])
+@pytest.mark.parametrize("config", [CONFIG, TLS, SECRET], ids=["plain", "TLS", "etcd's secret"])
 def test_the_api_server_takes_them_whole(
     config: ControllerConfig, kube: KubeServer, namespace: str
 ) -> None:
@@ -77,7 +78,7 @@ def test_what_is_off_has_no_port(changed: dict[str, Any], gone: str) -> None:
 def test_variables() -> None:
     config = replace(
         CONFIG,
-        etcd=EtcdConnection(("a:1", "b:2"), "p"),
+        etcd=PodEtcd(("a:1", "b:2"), "p"),
         message_bytes_max=5_000,
         per_model_metrics=True,
     )
@@ -88,6 +89,21 @@ def test_variables() -> None:
     assert said["MESH_PER_MODEL_METRICS"] == "true"
     assert said["MESH_GRPC_PORT"] == "8033"
     assert "MESH_PER_MODEL_METRICS" not in env()
+
+
+def test_the_secret_of_etcd_is_mounted_in_place_of_its_address() -> None:
+    config = replace(CONFIG, etcd=PodEtcd(("a:1",), "p", from_secret=True), etcd_secret="mine")
+    said = env(config)
+    assert "MESH_ETCD" not in said
+    assert said["MESH_PREFIX"] == "p"  # counts where the secret has no root_prefix
+    folder, _, key = said["MESH_ETCD_CONNECTION"].rpartition("/")
+    assert key == "etcd_connection"
+    (mount,) = [one for one in container(config)["volumeMounts"] if one["mountPath"] == folder]
+    assert mount["readOnly"]
+    volumes = objects(config)["Deployment"]["spec"]["template"]["spec"]["volumes"]
+    (volume,) = [one for one in volumes if one["name"] == mount["name"]]
+    assert volume["secret"]["secretName"] == "mine"
+    assert "etcd-connection" not in str(objects())
 
 
 def test_tls() -> None:
