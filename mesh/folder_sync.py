@@ -48,8 +48,16 @@ class SyncUnavailable(Exception):
     """The mesh cannot be asked now."""
 
 
+# Of what is no model, the applier's names begin so: with the kind, as no model's name does.
+_OTHERS: Final = tuple(
+    f"{kind}/" for kind in ("ServingRuntime", "ClusterServingRuntime", "InferenceGraph", "Secret")
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Applied:
+    """``name`` is a model's, or ``Kind/name`` for what is none."""
+
     name: str
     action: str  # created | configured | unchanged
     warnings: tuple[str, ...] = ()
@@ -131,6 +139,7 @@ class _Outcome:
     names: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
     retry: bool = False
+    opens: bool = False  # something else may be taken now that was refused before
 
 
 ReadModel = Callable[[Path], Sequence[Document]]
@@ -183,35 +192,57 @@ class FolderSync:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names that this folder has in the mesh."""
-        return frozenset(self._owned)
+        """The names of models that this folder has in the mesh."""
+        return frozenset(name for name in self._owned if not name.startswith(_OTHERS))
 
     def _apply(self, changed: Sequence[str]) -> bool:
         if not changed:
             return True
-        settled = True
+        settled, opened = True, False
         done = 0
         self._down.clear()
         with ThreadPoolExecutor(PARALLEL_APPLIES, thread_name_prefix="folder-sync") as pool:
-            for outcome in pool.map(self._apply_entry, changed):
-                done += 1
-                self.reporter.progress(done, len(changed))
-                settled &= self._settle(outcome)
+            read = list(zip(changed, pool.map(self._read, changed), strict=True))
+            early = [one for one in read if any(document.is_early for document in one[1])]
+            later = [one for one in read if not any(document.is_early for document in one[1])]
+            for batch in (early, later):
+                for outcome in pool.map(lambda one: self._apply_entry(*one), batch):
+                    done += 1
+                    self.reporter.progress(done, len(changed))
+                    settled &= self._settle(outcome)
+                    opened |= outcome.opens
         if not self._down.is_set():
             self._say(_MESH, ())
+        if opened:
+            settled &= self._again(set(changed))
         _write_owned(self.state_path, self._owned)
         return settled
 
-    def _apply_entry(self, entry: str) -> _Outcome:
-        """In a thread of the pool: touches nothing of ``self`` but the applier and the reporter."""
-        if self._down.is_set():  # one refusal to answer is enough for a whole step
-            return _Outcome(entry, retry=True)
+    def _again(self, looked_at: set[str]) -> bool:
+        """Have other entries that were refused looked at anew; True when there are none."""
+        refused = [
+            entry
+            for entry, faults in self._said.items()
+            if faults and entry not in (looked_at | {_FOLDER, _MESH})
+        ]
+        for entry in refused:
+            self.plan.forget(entry)
+        return not refused
+
+    def _read(self, entry: str) -> list[Document]:
         path = self.folder / entry
         # xgboost's models end in .json, too; their first bytes tell them.
         is_manifest = path.suffix in SUFFIXES and path.is_file() and not looks_like_model(path)
-        documents = list(read_file(path)) if is_manifest else self.read_model(path)
+        documents = read_file(path) if is_manifest else self.read_model(path)
+        return sorted(documents, key=lambda document: document.turn)
+
+    def _apply_entry(self, entry: str, documents: Sequence[Document]) -> _Outcome:
+        """In a thread of the pool: touches nothing of ``self`` but the applier and the reporter."""
+        if self._down.is_set():  # one refusal to answer is enough for a whole step
+            return _Outcome(entry, retry=True)
         names: list[str] = []
         faults: list[str] = []
+        opens = False
         for document in documents:
             if document.fault:
                 faults.append(f"{document.source}: {document.fault}")
@@ -220,13 +251,14 @@ class FolderSync:
                 result = self.applier.apply(document.as_json())
             except SyncUnavailable as error:
                 self._down.set()
-                return _Outcome(entry, tuple(names), (str(error),), retry=True)
+                return _Outcome(entry, tuple(names), (str(error),), retry=True, opens=opens)
             except SyncRefused as error:
                 faults.append(f"{document.source}: {document.label}: {error}")
                 continue
             names.append(result.name)
+            opens |= document.is_early and result.action != "unchanged"
             self.reporter.applied(document.source, result)
-        return _Outcome(entry, tuple(names), tuple(faults))
+        return _Outcome(entry, tuple(names), tuple(faults), opens=opens)
 
     def _settle(self, outcome: _Outcome) -> bool:
         if outcome.retry:

@@ -17,6 +17,8 @@ from mesh.core.errors import InvalidArgument
 from mesh.manifest import load_documents
 
 SUFFIXES: Final = (".yaml", ".yml", ".json")
+# Applied before what may lean on them; a cluster does not mind the order, and a router looks once.
+_FIRST: Final = {"Secret": 0, "ServingRuntime": 1, "ClusterServingRuntime": 1}
 # A manifest is a page of text; a file this large is something else.
 FILE_MAX_BYTES: Final = 16 << 20
 
@@ -38,6 +40,16 @@ class Document:
         group, _, version = str(resource.get("apiVersion", "")).rpartition("/")
         kind = str(resource.get("kind", "resource")).lower()
         return f"{kind}.{group}/{name or '?'}" if group and version else f"{kind}/{name or '?'}"
+
+    @property
+    def turn(self) -> int:
+        """Documents are applied by it; those of one turn in the order of the files."""
+        return _FIRST.get(str((self.resource or {}).get("kind")), len(_FIRST))
+
+    @property
+    def is_early(self) -> bool:
+        """Whether others may lean on it."""
+        return self.turn < len(_FIRST)
 
     def as_json(self) -> str:
         return json.dumps(self.resource)

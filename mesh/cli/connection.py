@@ -98,9 +98,9 @@ class Connection:
         reply = self._admin("Apply", request, timeout_s)
         return admin_pb2.ApplyResponse.FromString(reply)
 
-    def list(self, kind: str, *, timeout_s: float) -> str:
-        """A JSON array, see ``mesh.admin_views``."""
-        reply = self._admin("List", admin_pb2.ListRequest(kind=kind), timeout_s)
+    def list(self, kind: str, names: Sequence[str] = (), *, timeout_s: float) -> str:
+        """A JSON array, see ``mesh.admin_views``. ``names``: of these there are more, maybe."""
+        reply = self._admin("List", admin_pb2.ListRequest(kind=kind, names=names), timeout_s)
         return admin_pb2.ListResponse.FromString(reply).items_json
 
     def describe(self, name: str, *, timeout_s: float) -> str:
@@ -110,6 +110,12 @@ class Connection:
     def delete(self, name: str, *, timeout_s: float) -> bool:
         """Whether it existed."""
         reply = self._admin("Delete", admin_pb2.DeleteRequest(name=name), timeout_s)
+        return admin_pb2.DeleteResponse.FromString(reply).existed
+
+    def delete_runtime(self, name: str, kind: str, *, timeout_s: float) -> bool:
+        """Whether it existed. ``kind``: "" for either."""
+        request = admin_pb2.DeleteRuntimeRequest(name=name, kind=kind)
+        reply = self._admin("DeleteRuntime", request, timeout_s)
         return admin_pb2.DeleteResponse.FromString(reply).existed
 
     def explain(self, name: str, *, timeout_s: float) -> str:

@@ -16,6 +16,7 @@ from mesh.cli import controller, live_settings, pull, servers
 from mesh.cli.exits import HELP as EXIT_CODES
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.formats import DetailFormat, ListFormat
+from mesh.cli.kinds import METAVAR as KINDS
 from mesh.cli.options import DetailOption, ListOption, TimeoutOption, duration_s
 from mesh.cli.session import MeshGroup, Session, out
 
@@ -112,10 +113,21 @@ def apply(
     load: Annotated[
         bool, typer.Option("--load/--no-load", help="Load now where that evicts nothing.")
     ] = True,
+    storage_config: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="MESH_STORAGE_CONFIG",
+            metavar="DIR",
+            help="Write the Secret storage-config into this folder, which the instances read. "
+            "Default: that of the `mesh up` with its data in ./.mesh.",
+            show_default=False,
+        ),
+    ] = None,
     timeout: TimeoutOption = "5m",
     output: ListOption = ListFormat.table,
 ) -> None:
-    """Register models: KServe InferenceServices (serving.kserve.io/v1beta1)."""
+    """Apply what a cluster takes: InferenceServices, Predictors, ServingRuntimes,
+    ClusterServingRuntimes, the Secret storage-config, and Lists of them."""
     import sys
 
     from mesh.cli import resources
@@ -127,18 +139,19 @@ def apply(
         load_now=load,
         timeout_s=timeout,
         format_=output,
+        storage_config=storage_config,
     )
 
 
 @app.command()
 def get(
     ctx: typer.Context,
-    kind: Annotated[str, typer.Argument(metavar="models|instances")],
+    kind: Annotated[str, typer.Argument(metavar=KINDS)],
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
     output: ListOption = ListFormat.table,
     timeout: TimeoutOption = "30s",
 ) -> None:
-    """List models or instances."""
+    """List models, instances or runtimes; InferenceServices with their status, as kubectl does."""
     from mesh.cli import resources
 
     resources.get(ctx.obj, kind, names or (), output, timeout)
@@ -147,33 +160,33 @@ def get(
 @app.command()
 def describe(
     ctx: typer.Context,
-    kind: Annotated[str, typer.Argument(metavar="model")],
+    kind: Annotated[str, typer.Argument(metavar="model|isvc|predictor")],
     name: ModelArgument,
     output: DetailOption = DetailFormat.text,
     timeout: TimeoutOption = "30s",
 ) -> None:
     """Everything that is known of one model: copies, sizes, failures and their causes."""
     from mesh.cli import resources
+    from mesh.cli.kinds import model_kind
 
-    resources.model_kind(kind, "described")
+    model_kind(kind, "described")
     resources.describe(ctx.obj, name, output, timeout)
 
 
 @app.command()
 def delete(
     ctx: typer.Context,
-    kind: Annotated[str, typer.Argument(metavar="model")],
+    kind: Annotated[str, typer.Argument(metavar="model|isvc|predictor|runtime")],
     names: Annotated[list[str], typer.Argument(metavar="NAME...", autocompletion=complete_model)],
     ignore_not_found: Annotated[
         bool, typer.Option("--ignore-not-found", help="A name that is not there is no error.")
     ] = False,
     timeout: TimeoutOption = "30s",
 ) -> None:
-    """Unregister models. Requests in flight are finished first."""
+    """Unregister models, or forget runtimes. Requests in flight are finished first."""
     from mesh.cli import resources
 
-    resources.model_kind(kind, "deleted")
-    resources.delete(ctx.obj, names, ignore_not_found=ignore_not_found, timeout_s=timeout)
+    resources.delete(ctx.obj, kind, names, ignore_not_found=ignore_not_found, timeout_s=timeout)
 
 
 @app.command()

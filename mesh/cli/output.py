@@ -26,8 +26,6 @@ from mesh.admin_views import (
 )
 from mesh.cli.quantities import format_age, format_progress, format_size
 
-INFERENCE_SERVICE: Final = "inferenceservice.serving.kserve.io"
-
 Row = TypeVar("Row")
 
 # What an instance says of a copy that stands in the lines above it, or belongs to the instance.
@@ -178,6 +176,10 @@ def describe_model(view: ModelDescription, now_ms: int) -> str:
         lines.append(f"Not switched to {row.target_model_id}: {row.target_failure}")
     if view.updated_at_ms:
         lines.append(f"Updated:    {_instant(view.updated_at_ms, now_ms)}")
+    if view.status:
+        from mesh.cli.kserve_output import status_lines
+
+        lines += ["", *status_lines(view.status, now_ms)]
     if view.active is not None:
         lines += ["", "Model that answers:", *_concrete(view.active, now_ms)]
     if view.target is not None:

@@ -1,6 +1,7 @@
 """`mesh apply`, `get`, `describe`, `delete` and `explain`: resources, by way of a router.
 
-What a resource means is the router's business; here a file is read, sent, and the answer shown.
+What a resource means is the router's business; here a file is read, sent, and the answer shown. A
+secret alone is sent to nobody (``mesh.cli.storage_secret``).
 """
 
 from __future__ import annotations
@@ -24,41 +25,19 @@ from mesh.admin_views import (
 from mesh.cli import output
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.formats import DetailFormat, ListFormat
-from mesh.cli.output import INFERENCE_SERVICE
+from mesh.cli.kinds import Kind, kind_of
 from mesh.cli.session import Session, note, out
 from mesh.core.errors import MeshError
 from mesh.manifest_files import Document, files_in, read_file, read_files, read_text
+from mesh.storage_folder import is_secret
 
 if TYPE_CHECKING:
     from mesh.cli.connection import Connection
 
-KINDS: Final[dict[str, str]] = {
-    "models": "models",
-    "model": "models",
-    "isvc": "models",
-    "inferenceservices": "models",
-    "inferenceservice": "models",
-    "instances": "instances",
-    "instance": "instances",
-    "pods": "instances",
-}
 # A model that nothing loads yet gets this long to begin before it counts as "registered only".
 _LOAD_BEGINS_WITHIN_S: Final = 2.0
 _POLL_FIRST_S: Final = 0.1
 _POLL_MAX_S: Final = 2.0
-
-
-def resource_kind(text: str) -> str:
-    kind = KINDS.get(text.lower())
-    if kind is None:
-        raise CommandError(f"there is no kind {text!r}: write models or instances", Exit.USAGE)
-    return kind
-
-
-def model_kind(text: str, verb: str) -> None:
-    """Raise CommandError unless the kind is that of models."""
-    if resource_kind(text) != "models":
-        raise CommandError(f"only models can be {verb}: write `model NAME`", Exit.USAGE)
 
 
 def documents_of(file: str) -> list[Document]:
@@ -72,7 +51,7 @@ def documents_of(file: str) -> list[Document]:
         documents = list(read_files(files_in(path)) if path.is_dir() else read_file(path))
     if not documents:
         raise CommandError(f"-f {file}: holds no resource (*.yaml, *.yml, *.json)", Exit.USAGE)
-    return documents
+    return sorted(documents, key=lambda document: document.turn)
 
 
 def apply(
@@ -83,9 +62,9 @@ def apply(
     load_now: bool,
     timeout_s: float,
     format_: ListFormat,
+    storage_config: Path | None = None,
 ) -> None:
     documents = documents_of(file)
-    connection = session.connect()
     applied: list[dict[str, Any]] = []
     failed = 0
     for document in documents:
@@ -94,26 +73,43 @@ def apply(
             failed += 1
             continue
         try:
-            reply = connection.apply(document.as_json(), load_now=load_now, timeout_s=timeout_s)
+            if is_secret(document.resource or {}):
+                done = _apply_secret(session, document, storage_config)
+            else:
+                done = _apply_document(session.connect(), document, load_now, timeout_s)
         except CommandError as error:
             if error.exit_code is Exit.UNREACHABLE:
                 raise
             note(f"error: {document.source}: {document.label}: {error.message}")
             failed += 1
             continue
-        for warning in reply.warnings:
-            note(f"warning: {document.source}: {document.label}: {warning}")
-        applied.append({"name": reply.name, "model_id": reply.model_id, "action": reply.action})
-        _say_applied(document, reply.action, format_)
+        applied.append(done)
+        _say_applied(document, done["action"], format_)
     if format_ is ListFormat.json:
         out(output.as_json(applied))
     elif format_ is ListFormat.yaml:
         out(output.as_yaml(applied))
-    if wait and applied:
-        names = frozenset(item["name"] for item in applied)
-        failed += _wait_until_settled(connection, names, timeout_s)
+    names = frozenset(item["name"] for item in applied if item["model_id"])
+    if wait and names:
+        failed += _wait_until_settled(session.connect(), names, timeout_s)
     if failed:
         raise CommandError(f"{failed} of {len(documents)} resources failed; see above")
+
+
+def _apply_document(
+    connection: Connection, document: Document, load_now: bool, timeout_s: float
+) -> dict[str, Any]:
+    reply = connection.apply(document.as_json(), load_now=load_now, timeout_s=timeout_s)
+    for warning in reply.warnings:
+        note(f"warning: {document.source}: {document.label}: {warning}")
+    return {"name": reply.name, "model_id": reply.model_id, "action": reply.action}
+
+
+def _apply_secret(session: Session, document: Document, folder: Path | None) -> dict[str, Any]:
+    from mesh.cli.storage_secret import apply_secret
+
+    action = apply_secret(document.resource or {}, folder, session.target.address)
+    return {"name": document.label.rpartition("/")[2], "model_id": "", "action": action}
 
 
 def _say_applied(document: Document, action: str, format_: ListFormat) -> None:
@@ -187,42 +183,68 @@ def _wait_until_settled(connection: Connection, names: frozenset[str], timeout_s
 def get(
     session: Session, kind_text: str, names: Sequence[str], format_: ListFormat, timeout_s: float
 ) -> None:
-    kind = resource_kind(kind_text)
-    text = session.connect().list(kind, timeout_s=timeout_s)
-    raw: list[dict[str, Any]] = json.loads(text)
-    key = "name" if kind == "models" else "instance_id"
-    missing = sorted(set(names) - {str(item.get(key)) for item in raw})
+    kind = kind_of(kind_text)
+    text = session.connect().list(kind.listed, names, timeout_s=timeout_s)
+    raw = [item for item in json.loads(text) if kind.resource in ("", item.get("kind"))]
+    missing = sorted(set(names) - {_name_of(kind, item) for item in raw})
     if names:
-        raw = [item for item in raw if item.get(key) in names]
+        raw = [item for item in raw if _name_of(kind, item) in names]
     match format_:
         case ListFormat.json:
-            out(output.as_json(raw[0] if len(names) == 1 and raw else raw))
+            out(output.as_json(_structure(kind, raw, names)))
         case ListFormat.yaml:
-            out(output.as_yaml(raw[0] if len(names) == 1 and raw else raw))
+            out(output.as_yaml(_structure(kind, raw, names)))
         case ListFormat.name:
-            prefix = INFERENCE_SERVICE if kind == "models" else "instance"
-            out("".join(f"{prefix}/{item.get(key)}\n" for item in raw))
+            labels = (
+                kind.label_of(str(item["kind"])) if kind.form == "runtimes" else kind.label
+                for item in raw
+            )
+            rows = zip(labels, raw, strict=True)
+            out("".join(f"{label}/{_name_of(kind, item)}\n" for label, item in rows))
         case ListFormat.table | ListFormat.wide:
-            _print_table(kind, json.dumps(raw), wide=format_ is ListFormat.wide)
+            _print_table(kind, raw, wide=format_ is ListFormat.wide)
     if missing:
-        raise CommandError(f"not found: {', '.join(missing)}; see `mesh get {kind}`")
+        raise CommandError(f"not found: {', '.join(missing)}; see `mesh get {kind.plural}`")
 
 
-def _print_table(kind: str, text: str, *, wide: bool) -> None:
-    now_ms, colour = time.time_ns() // 1_000_000, sys.stdout.isatty()
+def _name_of(kind: Kind, item: dict[str, Any]) -> str:
+    match kind.form:
+        case "models":
+            return str(item.get("name"))
+        case "instances":
+            return str(item.get("instance_id"))
+        case _:
+            return str((item.get("metadata") or {}).get("name"))
+
+
+def _structure(kind: Kind, raw: list[dict[str, Any]], names: Sequence[str]) -> object:
+    if len(names) == 1 and len(raw) == 1:
+        return raw[0]
+    if kind.form in ("models", "instances"):
+        return raw
+    return {"apiVersion": "v1", "kind": "List", "items": raw}  # which can be applied
+
+
+def _print_table(kind: Kind, raw: list[dict[str, Any]], *, wide: bool) -> None:
+    if not raw:
+        note(f"no {kind.plural}")
+        return
+    now_ms, colour, text = time.time_ns() // 1_000_000, sys.stdout.isatty(), json.dumps(raw)
     shown: str
-    if kind == "models":
-        models = sorted(decode_list(ModelRow, text), key=lambda row: row.name)
-        shown = output.table(models, output.model_columns(now_ms), wide=wide, colour=colour)
-        empty = not models
-    else:
-        instances = sorted(decode_list(InstanceRow, text), key=lambda row: row.instance_id)
-        shown = output.table(instances, output.instance_columns(now_ms), wide=wide, colour=colour)
-        empty = not instances
-    if empty:
-        note(f"no {kind}")
-    else:
-        out(shown)
+    match kind.form:
+        case "models":
+            models = sorted(decode_list(ModelRow, text), key=lambda row: row.name)
+            shown = output.table(models, output.model_columns(now_ms), wide=wide, colour=colour)
+        case "instances":
+            found = sorted(decode_list(InstanceRow, text), key=lambda row: row.instance_id)
+            shown = output.table(found, output.instance_columns(now_ms), wide=wide, colour=colour)
+        case _:
+            from mesh.cli.kserve_output import columns_of
+
+            ordered = sorted(raw, key=lambda item: _name_of(kind, item))
+            columns = columns_of(kind.resource, now_ms)
+            shown = output.table(ordered, columns, wide=wide, colour=colour)
+    out(shown)
 
 
 def describe(session: Session, name: str, format_: DetailFormat, timeout_s: float) -> None:
@@ -245,17 +267,30 @@ def explain(session: Session, name: str, format_: DetailFormat, timeout_s: float
 
 
 def delete(
-    session: Session, names: Sequence[str], *, ignore_not_found: bool, timeout_s: float
+    session: Session,
+    kind_text: str,
+    names: Sequence[str],
+    *,
+    ignore_not_found: bool,
+    timeout_s: float,
 ) -> None:
+    kind = kind_of(kind_text)
+    if kind.form == "instances":
+        raise CommandError("only models and runtimes can be deleted", Exit.USAGE)
     connection = session.connect()
     missing: list[str] = []
     for name in names:
-        if connection.delete(name, timeout_s=timeout_s):
-            out(f"{INFERENCE_SERVICE}/{name} deleted\n")
+        if kind.holds_models:
+            existed = connection.delete(name, timeout_s=timeout_s)
+        else:
+            existed = connection.delete_runtime(name, kind.resource, timeout_s=timeout_s)
+        if existed:
+            out(f"{kind.label}/{name} deleted\n")
         else:
             missing.append(name)
     if missing and not ignore_not_found:
-        raise CommandError(f"not found: {', '.join(missing)}; see `mesh get models`")
+        shown = "models" if kind.holds_models else kind.plural
+        raise CommandError(f"not found: {', '.join(missing)}; see `mesh get {shown}`")
 
 
 def _structured(text: str, format_: DetailFormat) -> bool:

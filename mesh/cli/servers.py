@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from mesh.cli.etcd_choice import EtcdConnectionOption, choose_etcd
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.server_options import (
     AdapterOption,
@@ -55,21 +56,6 @@ if TYPE_CHECKING:
     from mesh.core.policy import Policy
 
 COMMANDS: Final = ("up", "router", "instance")
-DEFAULT_ETCD: Final = "127.0.0.1:2379"
-
-
-def endpoints(texts: list[str]) -> tuple[str, ...]:
-    """``HOST:PORT`` of each, from repeated and comma-separated values. Raises CommandError."""
-    found: list[str] = []
-    for text in filter(None, (part.strip() for value in texts for part in value.split(","))):
-        if text.startswith("https://"):
-            raise CommandError(f"--etcd {text}: TLS towards etcd is not supported", Exit.USAGE)
-        endpoint = text.removeprefix("http://").rstrip("/")
-        host, _, port = endpoint.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65_536:
-            raise CommandError(f"--etcd {text}: write HOST:PORT[,HOST:PORT...]", Exit.USAGE)
-        found.append(endpoint)
-    return tuple(found)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -79,6 +65,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def up(
+    context: typer.Context,
     instances: Annotated[int, typer.Option(min=1, max=1000, help="Serving pods.")] = 2,
     models: Annotated[
         Path | None,
@@ -108,6 +95,7 @@ def up(
         list[str] | None,
         typer.Option("--etcd", metavar="ENDPOINTS", help="Use this etcd; none is started."),
     ] = None,
+    etcd_connection: EtcdConnectionOption = None,
     capacity: Annotated[
         Any,
         typer.Option(parser=size_bytes, metavar="SIZE", help="Each instance's memory for models."),
@@ -150,6 +138,9 @@ def up(
     check_folders(file_root, storage_config, serving_runtime)
     isolation_of(isolation)
     policy_from(failure_expiry, policy)  # a wrong one is named here, and not by every child
+    chosen = None
+    if etcd or etcd_connection is not None:
+        chosen = choose_etcd(context, etcd, etcd_connection, prefix)
     both_flags = (
         *("--max-message-size", str(max_message_size)),
         *("--failure-expiry", f"{failure_expiry}ms"),
@@ -165,11 +156,13 @@ def up(
         grpc_port=grpc_port,
         rest_port=rest_port,
         metrics_port=metrics_port,
-        etcd=endpoints(etcd or []),
+        etcd=chosen.options.endpoints if chosen is not None else (),
+        etcd_connection=chosen.file if chosen is not None else None,
         prefix=prefix,
         namespace=namespace,
         capacity_bytes=capacity,
         file_roots=tuple(file_root or ()),
+        storage_config=storage_config,
         router_flags=(
             *_flag("--tls-cert", tls_cert),
             *_flag("--tls-key", tls_key),
@@ -184,7 +177,6 @@ def up(
             *("--model-threads", str(model_threads)),
             *("--device", device),
             *_flag("--serving-runtime", serving_runtime),
-            *_flag("--storage-config", storage_config),
             *("--cache-size", str(cache_size)),
             *(("--pull-rate", str(pull_rate)) if pull_rate else ()),
             *both_flags,
@@ -202,7 +194,9 @@ def up(
 
 
 def router(
+    context: typer.Context,
     etcd: EtcdOption = None,
+    etcd_connection: EtcdConnectionOption = None,
     host: Annotated[str, typer.Option(envvar=variable("HOST"))] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(min=0, max=65_535, envvar=variable("GRPC_PORT"))] = 8033,
     rest_port: Annotated[int, typer.Option(min=0, max=65_535, envvar=variable("REST_PORT"))] = 8008,
@@ -231,6 +225,7 @@ def router(
     from router.settings import RouterSettings, TlsFiles
 
     check_tls(tls_cert, tls_key, tls_client_ca)
+    chosen = choose_etcd(context, etcd, etcd_connection, prefix)
     tls = TlsFiles(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
     try:
         settings = RouterSettings(
@@ -239,8 +234,8 @@ def router(
             rest_port=rest_port,
             metrics_host=metrics_host,
             metrics_port=metrics_port,
-            etcd_endpoints=endpoints(etcd or [DEFAULT_ETCD]),
-            prefix=prefix,
+            etcd=chosen.options,
+            prefix=chosen.prefix,
             namespace=namespace,
             name=name,
             tls=tls,
@@ -254,6 +249,7 @@ def router(
     except ValueError as error:
         raise CommandError(str(error), Exit.USAGE) from error
     set_up_logging(log_level)
+    chosen.log_warnings()
     try:
         status = main(settings)
     except MeshError as error:
@@ -264,7 +260,9 @@ def router(
 
 
 def instance(
+    context: typer.Context,
     etcd: EtcdOption = None,
+    etcd_connection: EtcdConnectionOption = None,
     host: Annotated[
         str, typer.Option(envvar=variable("INSTANCE_HOST"), help="Where routers reach it.")
     ] = "127.0.0.1",
@@ -362,6 +360,7 @@ def instance(
     from puller.settings import PullerSettings, store_variables
 
     check_folders(file_root, storage_config, serving_runtime)
+    chosen = choose_etcd(context, etcd, etcd_connection, prefix)
     roots = [root.resolve() for root in (file_root or environment_roots())]
     try:
         settings = InstanceSettings(
@@ -379,8 +378,8 @@ def instance(
             metrics_host=metrics_host,
             metrics_port=metrics_port,
             capacity_bytes=capacity,
-            etcd_endpoints=endpoints(etcd or [DEFAULT_ETCD]),
-            prefix=prefix,
+            etcd=chosen.options,
+            prefix=chosen.prefix,
             namespace=namespace,
             name=name,
             runtimes=RuntimeSettings(
@@ -413,6 +412,7 @@ def instance(
     except ValueError as error:
         raise CommandError(str(error), Exit.USAGE) from error
     set_up_logging(log_level)
+    chosen.log_warnings()
     raise typer.Exit(serve(settings))
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import shlex
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from mesh.cli.connection import Connection, Target
 from mesh.cli.exits import CommandError, Exit
 from mesh.cli.quantities import format_size
+from mesh.core.errors import InvalidArgument
 from mesh.folder_sync import Applied, Applier, SyncRefused, SyncUnavailable
 from mesh.samples import EXAMPLES
+from mesh.serving_runtime import KINDS as RUNTIME_KINDS
+from mesh.storage_folder import KIND as SECRET
+from mesh.storage_folder import NAME, applied_secret, is_secret, write_folder
 from mesh.up.settings import Addresses
 from protos import oip_pb2
 
@@ -31,25 +35,50 @@ _EXAMPLE_FIELDS: Final = frozenset({"model", "path", "request", "response"})
 
 
 class MeshApplier:
-    """``mesh.folder_sync.Applier`` over one connection that is opened when first needed."""
+    """``mesh.folder_sync.Applier`` over one connection that is opened when first needed; a secret
+    is written into ``storage_config``."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, storage_config: Path) -> None:
         self._target = target
+        self._storage_config = storage_config
         self._lock = threading.Lock()
         self._connection: Connection | None = None
 
     def apply(self, manifest_json: str) -> Applied:
+        resource = json.loads(manifest_json)
+        if is_secret(resource):
+            return Applied(f"{SECRET}/{NAME}", self._keep_secret(resource))
         try:
             reply = self._connect().apply(manifest_json, load_now=False, timeout_s=_APPLY_TIMEOUT_S)
         except CommandError as error:
             raise _sync_error(error) from error
-        return Applied(reply.name, reply.action, tuple(reply.warnings))
+        name = reply.name if reply.model_id else f"{resource['kind']}/{reply.name}"
+        return Applied(name, reply.action, tuple(reply.warnings))
 
     def delete(self, name: str) -> None:
+        kind, _, own_name = name.partition("/")
         try:
-            self._connect().delete(name, timeout_s=_APPLY_TIMEOUT_S)
+            if kind == SECRET:
+                self._write_secret({})
+            elif kind in RUNTIME_KINDS:
+                self._connect().delete_runtime(own_name, kind, timeout_s=_APPLY_TIMEOUT_S)
+            elif kind != "InferenceGraph":  # which nobody keeps
+                self._connect().delete(name, timeout_s=_APPLY_TIMEOUT_S)
         except CommandError as error:
             raise _sync_error(error) from error
+
+    def _keep_secret(self, resource: Mapping[str, Any]) -> str:
+        try:
+            return self._write_secret(applied_secret(resource))
+        except InvalidArgument as error:
+            raise SyncRefused(error.message) from error
+
+    def _write_secret(self, data: Mapping[str, bytes]) -> str:
+        try:
+            return write_folder(self._storage_config, data)
+        except OSError as error:
+            fault = f"{self._storage_config}: cannot be written: {error.strerror or error}"
+            raise SyncRefused(fault) from error
 
     def _connect(self) -> Connection:
         with self._lock:
@@ -82,8 +111,8 @@ class CommandLineFront:
             tls_key=self._tls_key,
         )
 
-    def applier(self, address: str) -> Applier:
-        return MeshApplier(self._target(address))
+    def applier(self, address: str, storage_config: Path) -> Applier:
+        return MeshApplier(self._target(address), storage_config)
 
     def capacity_text(self, capacity_bytes: int) -> str:
         return format_size(capacity_bytes)

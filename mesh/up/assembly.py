@@ -33,11 +33,13 @@ MESH_COMMAND = (sys.executable, "-m", "mesh.cli")
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """All that is needed to start: ``etcd`` is None when one was named from outside."""
+    """All that is needed to start: ``etcd`` is None when one was named from outside.
+    ``storage_config`` is the folder with the storage secret that every instance reads."""
 
     commands: tuple[ChildCommand, ...]
     addresses: Addresses
     etcd: EtcdBinary | None
+    storage_config: Path
 
 
 def assemble(
@@ -52,15 +54,17 @@ def assemble(
         data_dir, addresses.router_metrics, addresses.instance_metrics
     ).items():
         write_atomic(path, text)
-    _remember(data_dir, state, ports, addresses, binary)
+    storage_config = _storage_config(settings, data_dir)
+    _remember(data_dir, state, ports, addresses, binary, storage_config)
     commands: list[ChildCommand] = []
     if binary is not None:
         commands.append(etcd_command(binary.path, data_dir, ports))
     for number, port in enumerate(ports.router_metrics, 1):
         commands.append(_router(settings, data_dir, addresses, ports, number, port, mesh_command))
     for number, port in enumerate(ports.instance_metrics, 1):
-        commands.append(_instance(settings, data_dir, addresses, number, port, mesh_command))
-    return Assembly(tuple(commands), addresses, binary)
+        flags = (*settings.instance_flags, "--storage-config", str(storage_config))
+        commands.append(_instance(settings, data_dir, addresses, number, port, mesh_command, flags))
+    return Assembly(tuple(commands), addresses, binary, storage_config)
 
 
 def choose_ports(settings: UpSettings, state: dict[str, Any]) -> Ports:
@@ -103,6 +107,18 @@ def _owner(settings: UpSettings, at: int) -> str:
     return f"instance-{at - settings.routers + 1}"
 
 
+def _storage_config(settings: UpSettings, data_dir: DataDir) -> Path:
+    """Absolute. One of our own is there from the start, for `mesh apply` to write into."""
+    if settings.storage_config is not None:
+        return settings.storage_config.resolve()
+    folder = data_dir.storage_config
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UpRefused(f"cannot make the folder {folder}: {error.strerror}") from error
+    return folder.resolve()
+
+
 def _etcd_binary(data_dir: DataDir, state: dict[str, Any]) -> EtcdBinary:
     try:
         found = find_etcd()
@@ -130,8 +146,10 @@ def _remember(
     ports: Ports,
     addresses: Addresses,
     binary: EtcdBinary | None,
+    storage_config: Path,
 ) -> None:
     now: dict[str, Any] = {
+        "storage_config": str(storage_config),
         "grpc": addresses.grpc,
         "rest": addresses.rest,
         "etcd": list(addresses.etcd),
@@ -146,8 +164,11 @@ def _remember(
 
 
 def _shared_flags(settings: UpSettings, addresses: Addresses, metrics_port: int) -> list[str]:
+    etcd: tuple[str, str] = ("--etcd", ",".join(addresses.etcd))
+    if settings.etcd_connection is not None:
+        etcd = ("--etcd-connection", str(settings.etcd_connection))
     return [
-        *("--etcd", ",".join(addresses.etcd)),
+        *etcd,
         *("--prefix", settings.prefix, "--namespace", settings.namespace),
         *("--metrics-host", settings.host, "--metrics-port", str(metrics_port)),
         *("--log-level", settings.log_level),
@@ -189,6 +210,7 @@ def _instance(
     number: int,
     metrics_port: int,
     mesh_command: Sequence[str],
+    flags: Sequence[str],
 ) -> ChildCommand:
     name = f"instance-{number}"
     roots: list[Path] = [*settings.file_roots]
@@ -206,7 +228,7 @@ def _instance(
             *("--capacity", str(settings.capacity_bytes)),
             *("--cache-dir", str(data_dir.cache(name))),
             *(part for root in roots for part in ("--file-root", str(root.resolve()))),
-            *settings.instance_flags,
+            *flags,
         ),
         ready=_readiness(settings, metrics_port),
         log_path=data_dir.logs / f"{name}.log",

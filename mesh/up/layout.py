@@ -58,6 +58,11 @@ class DataDir:
     def folder_state(self) -> Path:
         return self.root / "folder_sync.json"
 
+    @property
+    def storage_config(self) -> Path:
+        """KServe's storage secret, where no other folder is named for it."""
+        return self.root / "storage-config"
+
     def cache(self, instance: str) -> Path:
         """The artifact cache of one instance; instances never share one."""
         return self.root / "cache" / instance

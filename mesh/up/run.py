@@ -31,7 +31,8 @@ _KNOWN_POLL_S: Final = 0.05
 class Front(Protocol):
     """The mesh as a client sees it, made when all is ready; the command line implements it."""
 
-    def applier(self, address: str) -> Applier: ...
+    def applier(self, address: str, storage_config: Path) -> Applier:
+        """``storage_config``: where the storage secret is written to."""
 
     def request_to_paste(
         self, addresses: Addresses, models: Sequence[str], folder: Path | None
@@ -117,7 +118,7 @@ async def _when_ready(
             sync = FolderSync(
                 settings.models.resolve(),  # as the instances know it, who may read only there
                 data_dir.folder_state,
-                front.applier(assembly.addresses.grpc),
+                front.applier(assembly.addresses.grpc, assembly.storage_config),
                 terminal,
             )
             if not await asyncio.to_thread(sync.step):

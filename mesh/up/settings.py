@@ -19,10 +19,13 @@ class UpSettings:
     rest_port: int = 8008
     metrics_port: int = 2112
     etcd: tuple[str, ...] = ()  # endpoints; empty: an etcd of our own
+    # The file that says them, and the user and certificates: children read it themselves.
+    etcd_connection: Path | None = None
     prefix: str = "mesh"
     namespace: str = "default"
     capacity_bytes: int = 1 << 30
     file_roots: tuple[Path, ...] = ()
+    storage_config: Path | None = None  # None: a folder of the data directory
     # Passed on to the routers and to the instances as they are.
     router_flags: tuple[str, ...] = ()
     instance_flags: tuple[str, ...] = ()

@@ -221,7 +221,7 @@ def test_get_of_nothing_says_so_on_stderr(mesh: Mesh) -> None:
 
 def test_get_of_an_unknown_kind(mesh: Mesh) -> None:
     result = mesh("get", "fish")
-    assert result.exit_code == 2 and "models or instances" in result.stderr
+    assert result.exit_code == 2 and "one of models, instances, isvc" in result.stderr
 
 
 DESCRIPTION: dict[str, Any] = {

@@ -131,7 +131,12 @@ class MeshRig:
         return list(struct.unpack(f"<{len(raw) // 4}f", raw))
 
     async def apply(self, name: str, uri: str, router: int = 0, **spec: Any) -> Any:
-        request = admin.ApplyRequest(manifest_json=orjson.dumps(isvc(name, uri, **spec)))
+        return await self.apply_resource(isvc(name, uri, **spec), router)
+
+    async def apply_resource(
+        self, resource: Any, router: int = 0, *, load_now: bool = False
+    ) -> Any:
+        request = admin.ApplyRequest(manifest_json=orjson.dumps(resource), load_now=load_now)
         return await self.call(ADMIN + "Apply", request, admin.ApplyResponse, router=router)
 
     def url(self, path: str, router: int = 0) -> str:
@@ -160,6 +165,24 @@ def isvc(name: str, uri: str, **predictor: Any) -> dict[str, Any]:
                 **predictor,
             }
         },
+    }
+
+
+def on_runtime(name: str, runtime_name: str) -> dict[str, Any]:
+    """An InferenceService that names its runtime."""
+    resource = isvc(name, "fake://1")
+    resource["spec"]["predictor"]["model"]["runtime"] = runtime_name
+    return resource
+
+
+def serving_runtime(name: str, kind: str = "ServingRuntime", **spec: Any) -> dict[str, Any]:
+    """For the format ``fake``."""
+    formats = [{"name": "fake", "version": "1", "autoSelect": True}]
+    return {
+        "apiVersion": "serving.kserve.io/v1alpha1",
+        "kind": kind,
+        "metadata": {"name": name},
+        "spec": {"supportedModelFormats": formats, "multiModel": True, **spec},
     }
 
 
