@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,25 @@ def test_the_command_lines_and_the_files_agree(tmp_path: Path) -> None:
         *assembly.addresses.instance_metrics,
     ]
     assert read_state(data_dir.state)["grpc"] == assembly.addresses.grpc
+
+
+def test_the_storage_secret_has_a_folder_that_every_instance_reads(tmp_path: Path) -> None:
+    data_dir = DataDir(tmp_path / "data")
+    named = tmp_path / "named"
+    with locked(data_dir):
+        for settings, folder in (
+            (any_ports(data_dir.root), data_dir.storage_config),
+            (any_ports(data_dir.root, storage_config=named), named),
+        ):
+            assembly = assemble(settings, data_dir)
+            found = [c.argv for c in assembly.commands if "instance" in c.argv]
+            assert len(found) == 2
+            for argv in found:
+                assert argv[argv.index("--storage-config") + 1] == str(folder)
+            assert assembly.storage_config == folder
+            assert read_state(data_dir.state)["storage_config"] == str(folder)
+    assert stat.S_IMODE(data_dir.storage_config.stat().st_mode) == 0o700
+    assert not named.exists(), "a folder that was named is its owner's to make"
 
 
 def test_a_named_etcd_is_used_and_none_is_started(tmp_path: Path) -> None:

@@ -293,3 +293,59 @@ def test_a_broken_memory_starts_empty(world: World, spoil: Callable[[Path], None
     world.write("one.yaml", "one")
     assert step(world.sync())
     assert sorted(world.mesh.models) == ["one"]
+
+
+# ---- resources that are no models ----------------------------------------------------------------
+
+
+def write_runtime(world: World, file: str = "z-runtime.yaml", formats: str = "onnx") -> None:
+    (world.folder / file).write_text(
+        "apiVersion: serving.kserve.io/v1alpha1\nkind: ServingRuntime\nmetadata: {name: rt}\n"
+        f"spec: {{supportedModelFormats: [{{name: {formats}}}]}}\n"
+    )
+
+
+def test_what_others_lean_on_is_applied_first(world: World) -> None:
+    world.write("a.yaml", "one", "two")
+    write_runtime(world)
+    step(world.sync())
+    assert world.mesh.calls[0] == "apply rt"
+    assert sorted(world.mesh.calls[1:]) == ["apply one", "apply two"]
+
+
+def test_a_runtime_that_comes_later_has_what_was_refused_tried_again(world: World) -> None:
+    world.write("one.yaml", "one")
+    world.write("two.yaml", "two")
+    sync = world.sync()
+    world.mesh.faults["one"] = SyncRefused("NoSupportingRuntime: no runtime")
+    step(sync)
+    assert world.told.problems == [
+        f"{world.folder}/one.yaml: inferenceservice.serving.kserve.io/one: "
+        "NoSupportingRuntime: no runtime"
+    ]
+    world.mesh.calls.clear()
+    write_runtime(world)
+    assert not step(sync)
+    del world.mesh.faults["one"]
+    step(sync)
+    assert world.mesh.calls == ["apply rt", "apply one"]
+    assert sync.step() and world.mesh.calls == ["apply rt", "apply one"]
+
+
+def test_names_are_those_of_models_alone(world: World) -> None:
+    class Kinds(FakeMesh):
+        def apply(self, manifest_json: str) -> Applied:
+            kind = json.loads(manifest_json)["kind"]
+            found = FakeMesh.apply(self, manifest_json)
+            name = found.name if kind == "InferenceService" else f"{kind}/{found.name}"
+            return Applied(name, found.action)
+
+    world.mesh = Kinds()
+    world.write("one.yaml", "one")
+    write_runtime(world)
+    sync = world.sync()
+    step(sync)
+    assert sync.names == {"one"}
+    (world.folder / "z-runtime.yaml").unlink()
+    step(sync)
+    assert world.mesh.calls[-1] == "delete ServingRuntime/rt"
