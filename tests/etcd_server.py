@@ -49,7 +49,7 @@ class EtcdServer:
         self.peer_port = free_port()
         self._health_port = free_port()
         self._quota_bytes = quota_bytes
-        self._certificates = certificates  # ca.pem, server.pem, server.key: clients need theirs
+        self.certificates = certificates  # ca.pem, server.pem, server.key: clients need theirs
         self._extra_arguments = extra_arguments
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -67,7 +67,7 @@ class EtcdServer:
         return self._process is not None and self._process.poll() is None
 
     def _arguments(self) -> list[str]:
-        scheme = "http" if self._certificates is None else "https"
+        scheme = "http" if self.certificates is None else "https"
         client = f"{scheme}://127.0.0.1:{self.client_port}"
         peer = f"http://127.0.0.1:{self.peer_port}"
         arguments = [
@@ -87,12 +87,12 @@ class EtcdServer:
         ]
         if self._quota_bytes is not None:
             arguments.append(f"--quota-backend-bytes={self._quota_bytes}")
-        if self._certificates is not None:
+        if self.certificates is not None:
             arguments += [
                 "--client-cert-auth",
-                f"--trusted-ca-file={self._certificates / 'ca.pem'}",
-                f"--cert-file={self._certificates / 'server.pem'}",
-                f"--key-file={self._certificates / 'server.key'}",
+                f"--trusted-ca-file={self.certificates / 'ca.pem'}",
+                f"--cert-file={self.certificates / 'server.pem'}",
+                f"--key-file={self.certificates / 'server.key'}",
             ]
         return [*arguments, *self._extra_arguments]
 

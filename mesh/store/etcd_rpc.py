@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from protos import etcd_pb2
 
 # Tries of one call beside one for every endpoint: enough to ride over one lost connection.
 _EXTRA_TRIES: Final = 2
+_PROBE_S: Final = 0.25  # for a call that is expected to fail at once
+# What gRPC puts in front of a reason: its own code, and the address that the message has anyway.
+_WHERE: Final = re.compile(r"^[A-Z_]+: (?:ipv4|ipv6|unix):\S+: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +159,7 @@ class _Endpoint:
             ("grpc.enable_retries", 0),
         ]
         tls = options.tls
+        self._tls = tls is not None
         if tls is None:
             self.channel = grpc.aio.insecure_channel(address, options=arguments)
         else:
@@ -188,8 +193,9 @@ class _Endpoint:
             async with asyncio.timeout(timeout_s):
                 while state is not grpc.ChannelConnectivity.READY:
                     if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                        raise StoreUnavailable(f"etcd at {self.address} refuses connections")
-                    await self.channel.wait_for_state_change(state)
+                        await self._raise_why()
+                    else:
+                        await self.channel.wait_for_state_change(state)
                     state = self.channel.get_state(try_to_connect=True)
         except TimeoutError:
             raise StoreUnavailable(
@@ -197,6 +203,33 @@ class _Endpoint:
             ) from None
         except grpc.aio.UsageError:
             raise StoreUnavailable("the store client is closed") from None
+
+    async def _raise_why(self) -> None:
+        """Raises StoreUnavailable with the reason that the last connection failed for.
+
+        gRPC tells it by a call's error only, which comes at once on a failed channel. Returns where
+        the channel is connected by now.
+        """
+        probe = self.callables[STATUS.path](STATUS.request(), timeout=_PROBE_S)
+        try:
+            await probe
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise StoreUnavailable("the store client is closed") from None
+        except grpc.aio.AioRpcError as error:
+            reason = (error.details() or "").rpartition("last error: ")[2]
+            reason = _WHERE.sub("", reason).removesuffix(": OK").rstrip(".")
+            if "remote host" in reason:
+                hint = ""
+            elif self._tls:
+                hint = " (TLS: check the authorities, our certificate and key, and etcd's name)"
+            else:
+                hint = " (does it expect TLS?)" if reason == "Socket closed" else ""
+            raise StoreUnavailable(
+                f"etcd at {self.address} refuses connections: {reason}{hint}"
+            ) from None
 
 
 async def _only(request: Any) -> AsyncIterator[Any]:

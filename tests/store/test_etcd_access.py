@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
-import json
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from mesh.core.errors import InvalidArgument
 from mesh.store.api import StoreDenied, StoreUnavailable
 from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_options import EtcdOptions, EtcdTls, parse_endpoints, split_endpoint
+from tests.etcd_access import enable_users, make_certificates
 from tests.etcd_server import EtcdServer
 from tests.store.watching import Watching
-
-
-def post(server: EtcdServer, path: str, **body: object) -> dict[str, object]:
-    """etcd's JSON gateway; for what the mesh itself never does."""
-    request = urllib.request.Request(
-        f"http://{server.endpoint}/v3/{path}", json.dumps(body).encode()
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=60) as reply:
-        answer: dict[str, object] = json.loads(reply.read())
-    return answer
 
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[EtcdServer]:
     """An etcd with authentication: user mesh may use keys below /mesh/default/ only."""
     with EtcdServer() as server:
-        for user, password in (("root", "top"), ("mesh", "secret")):
-            post(server, "auth/user/add", name=user, password=password)
-            post(server, "auth/role/add", name=user)
-            post(server, "auth/user/grant", user=user, role=user)
-        permission = {"permType": "READWRITE", "key": "L21lc2gvZGVmYXVsdC8=",
-                      "range_end": "L21lc2gvZGVmYXVsdDA="}  # fmt: skip
-        post(server, "auth/role/grant", name="mesh", perm=permission)
-        post(server, "auth/enable")
+        enable_users(server, password="secret")
         yield server
 
 
@@ -98,38 +73,6 @@ async def test_being_refused_is_final_and_said(
             await store.put("a", b"")
     finally:
         await store.close()
-
-
-def make_certificates(folder: Path) -> None:
-    """ca.pem, and a server's and a client's certificate with their keys."""
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mesh test CA")])
-    now = datetime.datetime.now(datetime.UTC)
-
-    def sign(subject: str, key: ec.EllipticCurvePrivateKey, *, ca: bool) -> x509.Certificate:
-        name = ca_name if ca else x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
-        addresses = [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        return (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(ca_name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
-            .sign(ca_key, hashes.SHA256())
-        )
-
-    pem = serialization.Encoding.PEM
-    (folder / "ca.pem").write_bytes(sign("", ca_key, ca=True).public_bytes(pem))
-    for name in ("server", "client"):
-        key = ec.generate_private_key(ec.SECP256R1())
-        (folder / f"{name}.pem").write_bytes(sign(name, key, ca=False).public_bytes(pem))
-        (folder / f"{name}.key").write_bytes(
-            key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        )
 
 
 @pytest.mark.etcd
