@@ -5,7 +5,7 @@ In place of a kubelet the test fills in what the downward API would, and folders
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import contextlib
 import json
 import os
@@ -26,7 +26,10 @@ from mesh.reconciler.kube_resources import Obj
 from mesh.reconciler.workload import RuntimeSource, runtime_objects
 from mesh.reconciler.workload_pod import RUNTIME_FILE
 from mesh.reconciler.workload_router import router_objects
+from mesh.store.etcd import EtcdStore
+from mesh.store.etcd_connection import load_etcd_connection
 from tests.deploy.manifests import DEPLOY, documents
+from tests.etcd_access import USER, enable_users, make_certificates
 from tests.etcd_server import EtcdServer, free_port
 
 pytestmark = [pytest.mark.etcd, pytest.mark.e2e]
@@ -38,9 +41,9 @@ FIELDS = {
 }
 
 
-def config(etcd: EtcdServer) -> ControllerConfig:
+def config() -> ControllerConfig:
     return ControllerConfig(
-        etcd=PodEtcd((etcd.endpoint,), "mesh"),
+        etcd=PodEtcd(("etcd.invalid:1",), "not-this", from_secret=True),
         grpc_port=free_port(),
         rest_port=free_port(),
         metrics_port=free_port(),
@@ -48,13 +51,18 @@ def config(etcd: EtcdServer) -> ControllerConfig:
 
 
 @contextlib.contextmanager
-def running(objects: tuple[Obj, ...], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The first container of the Deployment. Every mount is a folder below ``folder``."""
+def running(
+    objects: tuple[Obj, ...], folder: Path, secret: dict[str, bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The first container of the Deployment. Every mount is a folder below ``folder``; ``secret``
+    is what etcd's has in it."""
     by_kind = {one["kind"]: one for one in objects}
     container = by_kind["Deployment"]["spec"]["template"]["spec"]["containers"][0]
     mounts = {m["mountPath"]: folder / m["name"] for m in container["volumeMounts"]}
     for path in mounts.values():
         path.mkdir(parents=True)
+    for name, data in secret.items():
+        (folder / "etcd-connection" / name).write_bytes(data)
     if "ConfigMap" in by_kind:
         (folder / "runtime" / RUNTIME_FILE).write_text(by_kind["ConfigMap"]["data"][RUNTIME_FILE])
     env = {"PATH": os.environ["PATH"]}
@@ -105,17 +113,23 @@ def wait_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 def test_a_serving_pod_and_a_router_come_up_as_they_are_told(tmp_path: Path) -> None:
     (document,) = documents(DEPLOY / "runtimes" / "mesh-1.x.yaml")
-    with EtcdServer() as etcd:
-        ours, theirs = config(etcd), config(etcd)
+    certificates = tmp_path / "certificates"
+    certificates.mkdir()
+    make_certificates(certificates)
+    ours, theirs = config(), config()
+    with EtcdServer(certificates=certificates) as etcd:
+        enable_users(etcd, password="secret", prefix="/mine/n/")
+        secret = etcd_secret(etcd, certificates)
         pod = runtime_objects(RuntimeSource.of(document), ours, namespace="n", replicas=1)
         router = router_objects(theirs, namespace="n")
         with (
-            running(pod, tmp_path / "pod") as instance,
-            running(router, tmp_path / "router") as front,
+            running(pod, tmp_path / "pod", secret) as instance,
+            running(router, tmp_path / "router", secret) as front,
         ):
             wait_ready(ours.metrics_port, instance, tmp_path / "pod" / "log")
             wait_ready(theirs.metrics_port, front, tmp_path / "router" / "log")
-            record = etcd_get(etcd, "/mesh/n/instances/")
+            mounted = tmp_path / "router" / "etcd-connection" / "etcd_connection"
+            record = asyncio.run(keys_and_values(mounted, "instances/"))
             assert f'"127.0.0.1:{ours.grpc_port}"' in record
             for said in ("rt:mesh-1.x", "modelmesh-serving-mesh-1.x", "abc", "pod-1"):
                 assert said in record
@@ -123,21 +137,32 @@ def test_a_serving_pod_and_a_router_come_up_as_they_are_told(tmp_path: Path) -> 
             for process in (instance, front):
                 process.send_signal(signal.SIGTERM)
             assert [one.wait(timeout=60) for one in (instance, front)] == [0, 0]
-        assert etcd_get(etcd, "/mesh/n/instances/") == ""
+        assert asyncio.run(keys_and_values(mounted, "instances/")) == ""
+    for name in ("pod", "router"):
+        assert '"secret"' not in (tmp_path / name / "log").read_text()
 
 
-def etcd_get(etcd: EtcdServer, prefix: str) -> str:
-    """Keys and values below a prefix, by etcd's JSON gateway."""
-    end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-    body = {
-        "key": base64.b64encode(prefix.encode()).decode(),
-        "range_end": base64.b64encode(end.encode()).decode(),
+def etcd_secret(etcd: EtcdServer, certificates: Path) -> dict[str, bytes]:
+    """ModelMesh's, with its certificates beside the JSON."""
+    names = {"ca.crt": "ca.pem", "tls.crt": "client.pem", "tls.key": "client.key"}
+    said = {
+        "endpoints": f"https://{etcd.endpoint}",
+        "root_prefix": "mine",
+        "userid": USER,
+        "password": "secret",
+        "certificate_file": "ca.crt",
+        "client_certificate_file": "tls.crt",
+        "client_key_file": "tls.key",
     }
-    request = urllib.request.Request(
-        f"http://{etcd.endpoint}/v3/kv/range", data=json.dumps(body).encode(), method="POST"
-    )
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        found = json.load(reply).get("kvs", [])
-    return "\n".join(
-        base64.b64decode(kv[part]).decode() for kv in found for part in ("key", "value")
-    )
+    files = {name: (certificates / file).read_bytes() for name, file in names.items()}
+    return {"etcd_connection": json.dumps(said).encode(), **files}
+
+
+async def keys_and_values(secret: Path, prefix: str) -> str:
+    found = load_etcd_connection(secret)
+    store = EtcdStore(found.options, prefix=found.prefix, namespace="n")
+    try:
+        items = (await store.range(prefix)).items
+    finally:
+        await store.close()
+    return "\n".join(f"{one.key}\n{one.value.decode()}" for one in items)

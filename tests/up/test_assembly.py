@@ -48,6 +48,18 @@ def test_a_taken_metrics_port_names_whose_it_is() -> None:
             choose_ports(settings, {})
 
 
+def test_children_read_etcds_secrets_themselves(tmp_path: Path) -> None:
+    file = tmp_path / "etcd_connection"
+    settings = any_ports(tmp_path, etcd=("https://e:1",), etcd_connection=file)
+    data_dir = DataDir(tmp_path)
+    with locked(data_dir):
+        assembly = assemble(settings, data_dir, ("mesh",))
+    assert [one.name for one in assembly.commands] == ["router-1", "instance-1", "instance-2"]
+    for command in assembly.commands:
+        assert command.argv[command.argv.index("--etcd-connection") + 1] == str(file)
+        assert "--etcd" not in command.argv
+
+
 def test_etcd_ports_are_remembered(tmp_path: Path) -> None:
     data_dir = DataDir(tmp_path)
     with locked(data_dir):
