@@ -38,8 +38,9 @@ Obj = dict[str, Any]
 
 # What List calls them, and their kinds.
 SERVICE_KINDS: Final = {"inferenceservices": "InferenceService", "predictors": "Predictor"}
-# A list of a hundred thousand takes a while to write down; requests are served in between.
-_SLICE: Final = 200
+# A list of a hundred thousand takes a while to write down (0.1 to 0.3 ms each); requests are served
+# in between.
+_SLICE: Final = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,13 @@ class ServingRuntimes:
 
         await self.settings.change(SERVING_RUNTIMES, changed)
         log.info("apply %s: %s", key, action)
-        return runtime.name, action, [*runtime.warnings, *self._told(runtime)]
+        warnings = [*runtime.warnings, *self._told(runtime)]
+        if action != "unchanged" and self.view.vmodels:
+            warnings.append(
+                "what is registered keeps the runtime that it was applied with: apply the "
+                "InferenceServices again to have it chosen anew"
+            )
+        return runtime.name, action, warnings
 
     async def delete(self, name: str, kind: str) -> bool:
         """Whether there was one. Models that run on it stay where they are. ``kind``: "" for
