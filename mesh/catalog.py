@@ -33,6 +33,8 @@ from mesh.store.api import (
 # Two people who write one name at the same moment: the second try sees what the first one wrote.
 MAX_TRIES: Final = 5
 RETRY_MS: Final = 200
+# Operations of one transaction: etcd takes 128.
+_BATCH: Final = 100
 
 R = TypeVar("R")
 Action = Literal["created", "configured", "unchanged"]
@@ -287,6 +289,22 @@ class Catalog:
             return 0
         done = await self._store.txn(conditions, operations)
         return len(operations) if done.succeeded else 0
+
+    async def forget_failures(self, model_ids: Collection[str] | None = None) -> frozenset[str]:
+        """Delete every failure of those models, or of all: they may be tried again at once, since
+        the cause has been seen to. Returns the models that had failed."""
+        found = [
+            failure
+            for failure in self._view.all_failures()
+            if model_ids is None or failure.model_id in model_ids
+        ]
+        for at in range(0, len(found), _BATCH):
+            batch = found[at : at + _BATCH]
+            keys = [registry.failure_key(one.model_id, one.instance_id) for one in batch]
+            await self._store.txn([], [Delete(key) for key in keys])
+            for one in batch:
+                self._view.delete_failure(one.model_id, one.instance_id)
+        return frozenset(one.model_id for one in found)
 
     async def delete_copies(self, pairs: Collection[tuple[str, str]]) -> int:
         """Delete copies whose instance has no record in the store itself; returns how many went."""

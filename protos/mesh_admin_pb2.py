@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/mesh_admin.proto\x12\rmesh.admin.v1\"7\n\x0c\x41pplyRequest\x12\x15\n\rmanifest_json\x18\x01 \x01(\t\x12\x10\n\x08load_now\x18\x02 \x01(\x08\"Q\n\rApplyResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x10\n\x08warnings\x18\x04 \x03(\t\"*\n\x0bListRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\"\"\n\x0cListResponse\x12\x12\n\nitems_json\x18\x01 \x01(\t\"\x1f\n\x0f\x44\x65scribeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\" \n\x10\x44\x65scribeResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x1d\n\rDeleteRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"!\n\x0e\x44\x65leteResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"2\n\x14\x44\x65leteRuntimeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\"\x1e\n\x0e\x45xplainRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1f\n\x0f\x45xplainResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"A\n\x10\x44\x65\x63isionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x10\n\x08since_ms\x18\x03 \x01(\x03\"!\n\x11\x44\x65\x63isionsResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x12\n\x10GetPolicyRequest\"H\n\x10SetPolicyRequest\x12\x16\n\x0eoverrides_json\x18\x01 \x01(\t\x12\r\n\x05unset\x18\x02 \x03(\t\x12\r\n\x05reset\x18\x03 \x01(\x08\"\x1e\n\x0ePolicyResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x1b\n\x19GetTypeConstraintsRequest\")\n\x19SetTypeConstraintsRequest\x12\x0c\n\x04json\x18\x01 \x01(\t\"\'\n\x17TypeConstraintsResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xf9\x06\n\x05\x41\x64min\x12\x42\n\x05\x41pply\x12\x1b.mesh.admin.v1.ApplyRequest\x1a\x1c.mesh.admin.v1.ApplyResponse\x12?\n\x04List\x12\x1a.mesh.admin.v1.ListRequest\x1a\x1b.mesh.admin.v1.ListResponse\x12K\n\x08\x44\x65scribe\x12\x1e.mesh.admin.v1.DescribeRequest\x1a\x1f.mesh.admin.v1.DescribeResponse\x12\x45\n\x06\x44\x65lete\x12\x1c.mesh.admin.v1.DeleteRequest\x1a\x1d.mesh.admin.v1.DeleteResponse\x12S\n\rDeleteRuntime\x12#.mesh.admin.v1.DeleteRuntimeRequest\x1a\x1d.mesh.admin.v1.DeleteResponse\x12H\n\x07\x45xplain\x12\x1d.mesh.admin.v1.ExplainRequest\x1a\x1e.mesh.admin.v1.ExplainResponse\x12N\n\tDecisions\x12\x1f.mesh.admin.v1.DecisionsRequest\x1a .mesh.admin.v1.DecisionsResponse\x12K\n\tGetPolicy\x12\x1f.mesh.admin.v1.GetPolicyRequest\x1a\x1d.mesh.admin.v1.PolicyResponse\x12K\n\tSetPolicy\x12\x1f.mesh.admin.v1.SetPolicyRequest\x1a\x1d.mesh.admin.v1.PolicyResponse\x12\x66\n\x12GetTypeConstraints\x12(.mesh.admin.v1.GetTypeConstraintsRequest\x1a&.mesh.admin.v1.TypeConstraintsResponse\x12\x66\n\x12SetTypeConstraints\x12(.mesh.admin.v1.SetTypeConstraintsRequest\x1a&.mesh.admin.v1.TypeConstraintsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/mesh_admin.proto\x12\rmesh.admin.v1\"7\n\x0c\x41pplyRequest\x12\x15\n\rmanifest_json\x18\x01 \x01(\t\x12\x10\n\x08load_now\x18\x02 \x01(\x08\"Q\n\rApplyResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x10\n\x08warnings\x18\x04 \x03(\t\"*\n\x0bListRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\"\"\n\x0cListResponse\x12\x12\n\nitems_json\x18\x01 \x01(\t\"\x1f\n\x0f\x44\x65scribeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\" \n\x10\x44\x65scribeResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x1d\n\rDeleteRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"!\n\x0e\x44\x65leteResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"2\n\x14\x44\x65leteRuntimeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\"\x17\n\x15\x46orgetFailuresRequest\"(\n\x16\x46orgetFailuresResponse\x12\x0e\n\x06models\x18\x01 \x01(\x05\"\x1e\n\x0e\x45xplainRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1f\n\x0f\x45xplainResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"A\n\x10\x44\x65\x63isionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x10\n\x08since_ms\x18\x03 \x01(\x03\"!\n\x11\x44\x65\x63isionsResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x12\n\x10GetPolicyRequest\"H\n\x10SetPolicyRequest\x12\x16\n\x0eoverrides_json\x18\x01 \x01(\t\x12\r\n\x05unset\x18\x02 \x03(\t\x12\r\n\x05reset\x18\x03 \x01(\x08\"\x1e\n\x0ePolicyResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x1b\n\x19GetTypeConstraintsRequest\")\n\x19SetTypeConstraintsRequest\x12\x0c\n\x04json\x18\x01 \x01(\t\"\'\n\x17TypeConstraintsResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xd8\x07\n\x05\x41\x64min\x12\x42\n\x05\x41pply\x12\x1b.mesh.admin.v1.ApplyRequest\x1a\x1c.mesh.admin.v1.ApplyResponse\x12?\n\x04List\x12\x1a.mesh.admin.v1.ListRequest\x1a\x1b.mesh.admin.v1.ListResponse\x12K\n\x08\x44\x65scribe\x12\x1e.mesh.admin.v1.DescribeRequest\x1a\x1f.mesh.admin.v1.DescribeResponse\x12\x45\n\x06\x44\x65lete\x12\x1c.mesh.admin.v1.DeleteRequest\x1a\x1d.mesh.admin.v1.DeleteResponse\x12S\n\rDeleteRuntime\x12#.mesh.admin.v1.DeleteRuntimeRequest\x1a\x1d.mesh.admin.v1.DeleteResponse\x12]\n\x0e\x46orgetFailures\x12$.mesh.admin.v1.ForgetFailuresRequest\x1a%.mesh.admin.v1.ForgetFailuresResponse\x12H\n\x07\x45xplain\x12\x1d.mesh.admin.v1.ExplainRequest\x1a\x1e.mesh.admin.v1.ExplainResponse\x12N\n\tDecisions\x12\x1f.mesh.admin.v1.DecisionsRequest\x1a .mesh.admin.v1.DecisionsResponse\x12K\n\tGetPolicy\x12\x1f.mesh.admin.v1.GetPolicyRequest\x1a\x1d.mesh.admin.v1.PolicyResponse\x12K\n\tSetPolicy\x12\x1f.mesh.admin.v1.SetPolicyRequest\x1a\x1d.mesh.admin.v1.PolicyResponse\x12\x66\n\x12GetTypeConstraints\x12(.mesh.admin.v1.GetTypeConstraintsRequest\x1a&.mesh.admin.v1.TypeConstraintsResponse\x12\x66\n\x12SetTypeConstraints\x12(.mesh.admin.v1.SetTypeConstraintsRequest\x1a&.mesh.admin.v1.TypeConstraintsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,26 +49,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETERESPONSE']._serialized_end=393
   _globals['_DELETERUNTIMEREQUEST']._serialized_start=395
   _globals['_DELETERUNTIMEREQUEST']._serialized_end=445
-  _globals['_EXPLAINREQUEST']._serialized_start=447
-  _globals['_EXPLAINREQUEST']._serialized_end=477
-  _globals['_EXPLAINRESPONSE']._serialized_start=479
-  _globals['_EXPLAINRESPONSE']._serialized_end=510
-  _globals['_DECISIONSREQUEST']._serialized_start=512
-  _globals['_DECISIONSREQUEST']._serialized_end=577
-  _globals['_DECISIONSRESPONSE']._serialized_start=579
-  _globals['_DECISIONSRESPONSE']._serialized_end=612
-  _globals['_GETPOLICYREQUEST']._serialized_start=614
-  _globals['_GETPOLICYREQUEST']._serialized_end=632
-  _globals['_SETPOLICYREQUEST']._serialized_start=634
-  _globals['_SETPOLICYREQUEST']._serialized_end=706
-  _globals['_POLICYRESPONSE']._serialized_start=708
-  _globals['_POLICYRESPONSE']._serialized_end=738
-  _globals['_GETTYPECONSTRAINTSREQUEST']._serialized_start=740
-  _globals['_GETTYPECONSTRAINTSREQUEST']._serialized_end=767
-  _globals['_SETTYPECONSTRAINTSREQUEST']._serialized_start=769
-  _globals['_SETTYPECONSTRAINTSREQUEST']._serialized_end=810
-  _globals['_TYPECONSTRAINTSRESPONSE']._serialized_start=812
-  _globals['_TYPECONSTRAINTSRESPONSE']._serialized_end=851
-  _globals['_ADMIN']._serialized_start=854
-  _globals['_ADMIN']._serialized_end=1743
+  _globals['_FORGETFAILURESREQUEST']._serialized_start=447
+  _globals['_FORGETFAILURESREQUEST']._serialized_end=470
+  _globals['_FORGETFAILURESRESPONSE']._serialized_start=472
+  _globals['_FORGETFAILURESRESPONSE']._serialized_end=512
+  _globals['_EXPLAINREQUEST']._serialized_start=514
+  _globals['_EXPLAINREQUEST']._serialized_end=544
+  _globals['_EXPLAINRESPONSE']._serialized_start=546
+  _globals['_EXPLAINRESPONSE']._serialized_end=577
+  _globals['_DECISIONSREQUEST']._serialized_start=579
+  _globals['_DECISIONSREQUEST']._serialized_end=644
+  _globals['_DECISIONSRESPONSE']._serialized_start=646
+  _globals['_DECISIONSRESPONSE']._serialized_end=679
+  _globals['_GETPOLICYREQUEST']._serialized_start=681
+  _globals['_GETPOLICYREQUEST']._serialized_end=699
+  _globals['_SETPOLICYREQUEST']._serialized_start=701
+  _globals['_SETPOLICYREQUEST']._serialized_end=773
+  _globals['_POLICYRESPONSE']._serialized_start=775
+  _globals['_POLICYRESPONSE']._serialized_end=805
+  _globals['_GETTYPECONSTRAINTSREQUEST']._serialized_start=807
+  _globals['_GETTYPECONSTRAINTSREQUEST']._serialized_end=834
+  _globals['_SETTYPECONSTRAINTSREQUEST']._serialized_start=836
+  _globals['_SETTYPECONSTRAINTSREQUEST']._serialized_end=877
+  _globals['_TYPECONSTRAINTSRESPONSE']._serialized_start=879
+  _globals['_TYPECONSTRAINTSRESPONSE']._serialized_end=918
+  _globals['_ADMIN']._serialized_start=921
+  _globals['_ADMIN']._serialized_end=1905
 # @@protoc_insertion_point(module_scope)

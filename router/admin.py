@@ -59,7 +59,8 @@ log = logging.getLogger(__name__)
 SERVICE: Final = "mesh.admin.v1.Admin"
 DESCRIBE_TIMEOUT_S: Final = 2.0
 RPCS: Final = (
-    *("Apply", "List", "Describe", "Delete", "DeleteRuntime", "Explain", "Decisions"),
+    *("Apply", "List", "Describe", "Delete", "DeleteRuntime", "ForgetFailures"),
+    *("Explain", "Decisions"),
     *("GetPolicy", "SetPolicy", "GetTypeConstraints", "SetTypeConstraints"),
 )
 # A list of a hundred thousand models takes a while to write down; requests are served in between.
@@ -95,6 +96,7 @@ class Admin:
             "Describe": (pb.DescribeRequest, self.describe),
             "Delete": (pb.DeleteRequest, self.delete),
             "DeleteRuntime": (pb.DeleteRuntimeRequest, self.delete_runtime),
+            "ForgetFailures": (pb.ForgetFailuresRequest, self.forget_failures),
             "Explain": (pb.ExplainRequest, self.explain),
         }
         return methods_of(SERVICE, table, metrics)
@@ -184,6 +186,11 @@ class Admin:
         if not request.name:
             raise InvalidArgument("name: expected the name of a runtime; found nothing")
         return pb.DeleteResponse(existed=await self.runtimes.delete(request.name, request.kind))
+
+    async def forget_failures(self, request: pb.ForgetFailuresRequest) -> pb.ForgetFailuresResponse:
+        models = await self.catalog.forget_failures()
+        log.info("failures of %d models are forgotten", len(models))
+        return pb.ForgetFailuresResponse(models=len(models))
 
     def _copies_behind(self, name: str) -> dict[str, list[str]]:
         alias = self.view.vmodels.get(name)

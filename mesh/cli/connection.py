@@ -118,6 +118,11 @@ class Connection:
         reply = self._admin("DeleteRuntime", request, timeout_s)
         return admin_pb2.DeleteResponse.FromString(reply).existed
 
+    def forget_failures(self, *, timeout_s: float) -> int:
+        """Have what failed to load tried again; how many models that were."""
+        reply = self._admin("ForgetFailures", admin_pb2.ForgetFailuresRequest(), timeout_s)
+        return admin_pb2.ForgetFailuresResponse.FromString(reply).models
+
     def explain(self, name: str, *, timeout_s: float) -> str:
         reply = self._admin("Explain", admin_pb2.ExplainRequest(name=name), timeout_s)
         return admin_pb2.ExplainResponse.FromString(reply).json

@@ -74,7 +74,7 @@ def apply(
             continue
         try:
             if is_secret(document.resource or {}):
-                done = _apply_secret(session, document, storage_config)
+                done = _apply_secret(session, document, storage_config, timeout_s)
             else:
                 done = _apply_document(session.connect(), document, load_now, timeout_s)
         except CommandError as error:
@@ -105,10 +105,20 @@ def _apply_document(
     return {"name": reply.name, "model_id": reply.model_id, "action": reply.action}
 
 
-def _apply_secret(session: Session, document: Document, folder: Path | None) -> dict[str, Any]:
+def _apply_secret(
+    session: Session, document: Document, folder: Path | None, timeout_s: float
+) -> dict[str, Any]:
     from mesh.cli.storage_secret import apply_secret
 
     action = apply_secret(document.resource or {}, folder, session.target.address)
+    if action != "unchanged":
+        try:  # it may be what they lacked
+            session.connect().forget_failures(timeout_s=timeout_s)
+        except CommandError as error:
+            note(
+                f"warning: {document.source}: {document.label}: models that failed are tried again "
+                f"only when their failures expire: {error.message}"
+            )
     return {"name": document.label.rpartition("/")[2], "model_id": "", "action": action}
 
 

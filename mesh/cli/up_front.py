@@ -5,6 +5,7 @@ It goes through the router's public address as any client would.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import threading
@@ -69,9 +70,13 @@ class MeshApplier:
 
     def _keep_secret(self, resource: Mapping[str, Any]) -> str:
         try:
-            return self._write_secret(applied_secret(resource))
+            action = self._write_secret(applied_secret(resource))
         except InvalidArgument as error:
             raise SyncRefused(error.message) from error
+        if action != "unchanged":
+            with contextlib.suppress(CommandError):  # then they wait until their failures expire
+                self._connect().forget_failures(timeout_s=_APPLY_TIMEOUT_S)
+        return action
 
     def _write_secret(self, data: Mapping[str, bytes]) -> str:
         try:

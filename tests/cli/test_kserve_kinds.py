@@ -60,7 +60,8 @@ def status(ready: str, **condition: str) -> dict[str, Any]:
 def test_a_secret_becomes_files_and_is_sent_to_nobody(
     router: FakeRouter, mesh: Mesh, tmp_path: Path
 ) -> None:
-    router.answers["Apply"] = accept_all()
+    forgotten = pb.ForgetFailuresResponse(models=1).SerializeToString()
+    router.answers["ForgetFailures"] = lambda request: forgotten
     flags = ("--storage-config", str(tmp_path))
     for entries, action in (
         ({"a": ENTRY, "b": ENTRY}, "created"),
@@ -71,7 +72,16 @@ def test_a_secret_becomes_files_and_is_sent_to_nobody(
         assert (done.exit_code, done.stdout) == (0, f"secret/storage-config {action}\n")
     assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["a"]
     assert (tmp_path / "a").read_text() == ENTRY
-    assert not router.calls
+    assert [method for method, _ in router.calls] == ["ForgetFailures"] * 2
+    assert not any(request for _, request in router.calls)
+
+
+def test_a_secret_is_kept_though_the_mesh_cannot_try_again(mesh: Mesh, tmp_path: Path) -> None:
+    flags = ("--storage-config", str(tmp_path))
+    done = mesh("apply", "-f", "-", *flags, stdin=stdin_of(secret(a=ENTRY)))
+    assert (done.exit_code, done.stdout) == (0, "secret/storage-config created\n")
+    assert "tried again only when their failures expire" in done.stderr
+    assert (tmp_path / "a").exists()
 
 
 def test_the_folder_is_that_of_the_mesh_here_if_it_is_the_mesh_asked(

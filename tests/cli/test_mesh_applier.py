@@ -37,6 +37,8 @@ def applier(router: FakeRouter, tmp_path: Path) -> MeshApplier:
     router.answers["Apply"] = apply
     for method in ("Delete", "DeleteRuntime"):
         router.answers[method] = lambda request: pb.DeleteResponse().SerializeToString()
+    forgotten = pb.ForgetFailuresResponse().SerializeToString()
+    router.answers["ForgetFailures"] = lambda request: forgotten
     return MeshApplier(Target(router.address), tmp_path / "secrets")
 
 
@@ -47,7 +49,8 @@ def test_a_secret_of_the_folder_is_kept_here(
     assert applier.apply(secret(k="v")) == Applied("Secret/storage-config", "created")
     assert entry.read_text() == "v"
     applier.delete("Secret/storage-config")
-    assert not entry.exists() and not router.calls
+    assert not entry.exists()
+    assert router.calls == [("ForgetFailures", b"")]
     with pytest.raises(SyncRefused, match="the only secret"):
         applier.apply(secret("other", k="v"))
     (tmp_path / "file").touch()

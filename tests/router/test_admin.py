@@ -225,6 +225,24 @@ async def test_describe_tells_the_cause_of_a_failure(tmp_path: Path) -> None:
         assert "no such artifact" in told.active.failures[0].message
 
 
+async def test_what_failed_is_tried_again_at_once_when_failures_are_forgotten(
+    tmp_path: Path,
+) -> None:
+    async with mesh(tmp_path, routers=2) as rig:
+        applied = await rig.apply("iris", "fake://1")
+        rig.pods[0].runtime.load_faults[applied.model_id] = [LoadFailed("no such entry")]
+        await refused(rig.infer("iris", 1.0))
+        await refused(rig.infer("iris", 1.0))  # the instance is not asked again
+        assert rig.loads_of(applied.model_id) == 1
+        request = pb.ForgetFailuresRequest()
+        path = ADMIN + "ForgetFailures"
+        assert (await rig.call(path, request, pb.ForgetFailuresResponse)).models == 1
+        views = [router.view for router in rig.routers]
+        await until(lambda: not any(view.failures_of(applied.model_id, 0) for view in views))
+        assert await rig.infer("iris", 1.0) == [2.0]
+        assert (await rig.call(path, request, pb.ForgetFailuresResponse)).models == 0
+
+
 async def test_describe_and_delete_of_nothing(tmp_path: Path) -> None:
     async with mesh(tmp_path, pods=0) as rig:
         code, text = await refused(describe(rig, "nobody"))
