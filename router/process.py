@@ -436,9 +436,7 @@ class Router:
 
 async def run(settings: RouterSettings) -> int:
     """Serve until SIGTERM or SIGINT; the exit status. A second signal ends at once."""
-    store = EtcdStore(
-        settings.etcd_options, prefix=settings.prefix, namespace=settings.namespace
-    )
+    store = EtcdStore(settings.etcd_options, prefix=settings.prefix, namespace=settings.namespace)
     router = Router(settings, store)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
