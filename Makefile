@@ -104,12 +104,13 @@ $(VENV)/.bench-installed: $(VENV)/.dev-installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[up,sklearn,samples,dev,bench]'
 	@touch $@
 
+# kubernetes 36 checks its arguments' types, and refuses the objects that KServe's client passes.
 $(CLIENTS)/.installed: | $(BIN)/python
 	@echo "installing foreign clients into $(CLIENTS) ..."
 	@rm -rf $(CLIENTS)
 	@$(BIN)/python -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check \
-		'tritonclient[grpc,http]' kserve
+		'tritonclient[grpc,http]' kserve 'kubernetes<36'
 	@touch $@
 
 $(MLSERVER)/.installed: | $(BIN)/python

@@ -1,8 +1,4 @@
-"""One real API server with the project's CRDs for the session, and a namespace for each test.
-
-It is the same server for all: a test that stops it, pauses it or wants other flags starts a
-``KubeServer`` of its own. The mesh's etcd is another one, also for the session.
-"""
+"""A namespace of the session's API server for each test, and an etcd for the mesh."""
 
 from __future__ import annotations
 
@@ -11,19 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from tests.etcd_server import EtcdServer
-from tests.kube_server import KubeNotFound, KubeServer
+from tests.kube_server import KubeServer
 from tests.reconciler.rig import Rig, rig_of
-
-
-@pytest.fixture(scope="session")
-def kube() -> Iterator[KubeServer]:
-    try:
-        server = KubeServer()
-    except KubeNotFound as error:
-        pytest.skip(str(error))
-    with server:
-        server.install_crds()
-        yield server
 
 
 @pytest.fixture
