@@ -29,7 +29,7 @@ from protos import etcd_pb2
 
 # Tries of one call beside one for every endpoint: enough to ride over one lost connection.
 _EXTRA_TRIES: Final = 2
-_PROBE_S: Final = 0.25  # for a call that is expected to fail at once
+_PROBE_S: Final = 0.1  # for a call that is expected to fail at once
 # What gRPC puts in front of a reason: its own code, and the address that the message has anyway.
 _WHERE: Final = re.compile(r"^[A-Z_]+: (?:ipv4|ipv6|unix):\S+: ")
 
@@ -221,7 +221,9 @@ class _Endpoint:
         except grpc.aio.AioRpcError as error:
             reason = (error.details() or "").rpartition("last error: ")[2]
             reason = _WHERE.sub("", reason).removesuffix(": OK").rstrip(".")
-            if "remote host" in reason:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                reason, hint = "no answer", ""
+            elif "remote host" in reason:
                 hint = ""
             elif self._tls:
                 hint = " (TLS: check the authorities, our certificate and key, and etcd's name)"
