@@ -11,7 +11,7 @@ once more before anything is unregistered: an informer that lags must not cost a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Protocol, assert_never
 
 from mesh.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument
@@ -211,17 +211,24 @@ class Services:
     ) -> Obj:
         assert turn.resource is not None
         resource, kind = turn.resource, turn.kind
+        if isinstance(action, WriteStatus) and turn.conflicts:
+            # Nobody else writes the status: only what changed of it, whatever the rest is by now.
+            patch = {
+                "metadata": {"uid": resource["metadata"]["uid"]},
+                "status": merge_patch(resource.get("status") or {}, action.status),
+            }
+            return await self._kube.patch_status(kind, turn.namespace, turn.name, patch)
         if isinstance(action, WriteStatus):
             return await self._kube.replace_status(kind, {**resource, "status": action.status})
         metadata = resource["metadata"]
         finalizers = [one for one in metadata.get("finalizers") or () if one != FINALIZER]
         if isinstance(action, AddFinalizer):
             finalizers.append(FINALIZER)
-        patch: dict[str, Any] = {
+        change: dict[str, Any] = {
             "finalizers": finalizers,
             "resourceVersion": metadata["resourceVersion"],
         }
-        return await self._kube.patch(kind, turn.namespace, turn.name, {"metadata": patch})
+        return await self._kube.patch(kind, turn.namespace, turn.name, {"metadata": change})
 
     def count(self, action: Action) -> None:
         self._counted(type(action).__name__.lower())
@@ -246,7 +253,7 @@ class _Turn:
         self.resource = resource
         self.again: Again | None = None
         self.register_fault = ""
-        self._conflicts = 0
+        self.conflicts = 0
         self._services = services
 
     @property
@@ -265,8 +272,8 @@ class _Turn:
                 return is_ours(self.mesh, self.kind, self.name)
             except ApiConflict:
                 # Somebody writes it all the time: the informer's copy would always be behind.
-                self._conflicts += 1
-                if self._conflicts > _CONFLICTS_MAX:
+                self.conflicts += 1
+                if self.conflicts > _CONFLICTS_MAX:
                     raise
                 self.resource = await self._services.fresh(self)
                 return True
@@ -302,6 +309,19 @@ class _Turn:
                 return False
             case _:
                 assert_never(action)
+
+
+def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON merge patch (RFC 7386) that makes one of the other."""
+    patch: dict[str, Any] = dict.fromkeys(before.keys() - after.keys())
+    for key, value in after.items():
+        known = before.get(key)
+        if isinstance(value, dict) and isinstance(known, dict):
+            if inner := merge_patch(known, value):
+                patch[key] = inner
+        elif key not in before or known != value:
+            patch[key] = value
+    return patch
 
 
 def is_ours(mesh: Mesh | None, kind: Resource, name: str) -> bool:

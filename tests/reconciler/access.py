@@ -75,9 +75,7 @@ def granted(
             kube.request("DELETE", path)
 
 
-def allow(
-    kube: KubeServer, namespace: str, user: str, group: str, resource: str, verb: str
-) -> None:
+def allow(kube: KubeServer, namespace: str, user: str, resource: Resource, verb: str) -> None:
     """What was kept back."""
     path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles/{namespace}-{user}"
     role = kube.request("GET", path)

@@ -79,7 +79,7 @@ async def test_who_comes_to_lead_looks_at_everything(rig: Rig) -> None:
     await rig.apply(isvc("iris", rig.namespace))
 
     async def seen() -> bool:
-        return controller.resource(INFERENCE_SERVICES, rig.namespace, "iris") is not None
+        return controller.cluster.resource(INFERENCE_SERVICES, rig.namespace, "iris") is not None
 
     await until(seen, what="the follower to know it")
     await rig.idle()

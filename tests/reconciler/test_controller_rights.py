@@ -42,7 +42,10 @@ async def test_the_rights_of_the_table_are_enough(
         await rig.client.delete(INFERENCE_SERVICES, rig.namespace, "iris")
         await rig.gone("iris")
         await rig.idle()
-        secret = {"metadata": {"name": "storage-config", "namespace": rig.namespace}}
+        secret = {
+            "metadata": {"name": "storage-config", "namespace": rig.namespace},
+            "stringData": {"minio": "{}"},
+        }
         await rig.client.create(SECRETS, secret)
         await rig.idle()
 

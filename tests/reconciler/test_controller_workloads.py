@@ -237,7 +237,7 @@ async def test_an_autoscaler_bounds_the_replicas(rig: Rig) -> None:
     await rig.apply(one)
     await rig.apply(isvc("iris", rig.namespace))
     await replicas(rig, 3)
-    assert not controller.writable(AUTOSCALERS)
+    assert not controller.cluster.writable(AUTOSCALERS)
     patch = {"spec": {"replicas": 4}}  # as an autoscaler would
     await rig.client.patch(DEPLOYMENTS, rig.namespace, POD, patch)
     controller.queue.add(SpaceKey(rig.namespace))
