@@ -61,6 +61,8 @@ async def pulling(url: str, target: Path) -> AsyncIterator[asyncio.subprocess.Pr
         *(sys.executable, "-m", "mesh.cli", "pull", url, str(target)),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        # Tests that a shell runs in the background have SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         yield process
