@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from mesh.reconciler import work_queue
+from mesh.reconciler.controller import ServiceKey
 from mesh.reconciler.kube import Limits
 from mesh.reconciler.kube_resources import INFERENCE_SERVICES, Obj
 from mesh.reconciler.plan import FINALIZER
@@ -90,21 +92,28 @@ async def test_the_api_server_goes_away_and_comes_back(rig: Rig) -> None:
 
 
 async def test_what_failed_meanwhile_is_tried_again_as_soon_as_the_server_is_back(
-    rig: Rig,
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(work_queue, "LONGEST_MS", 3_600_000)
     async with behind_proxy(rig) as proxy:
         await rig.apply(isvc("loads", rig.namespace))
         await rig.mesh.registered("loads")
         await rig.idle()
         proxy.cut()
+        await rig.mesh.load("loads")
         await unanswered(rig, "watch")
         controller = rig.controller
         assert controller is not None
-        await rig.mesh.load("loads")
-        await unanswered(rig, "update")
-        key = next(iter(controller.queue.schedule.failed))
-        for _ in range(20):  # as after many tries: the next one would be in a minute
-            controller.queue.schedule.add_failed(key, 1 << 62, 1.0)
+        queue = controller.queue
+        key = ServiceKey(INFERENCE_SERVICES, rig.namespace, "loads")
+
+        async def often() -> bool:
+            queue.add(key)
+            return queue.schedule.failures(key) > 20
+
+        await until(often, what="many failures")
+        await rig.idle()
+        assert key in queue.schedule.failed  # and due in an hour
         proxy.mend()
         await rig.ready("loads")
 
