@@ -90,7 +90,9 @@ def _entries(resource: Mapping[str, Any], part: str) -> list[tuple[str, str]]:
 
 def write_folder(folder: Path, data: Mapping[str, bytes]) -> Written:
     """Make the folder hold that: each entry a file of mode 0600; an entry that was written before
-    and is none any more goes. Raises OSError."""
+    and is none any more goes. An API server takes entries that begin with a dot as well; no reader
+    of the folder looks at them, and our own mark is one. Raises OSError."""
+    data = {key: value for key, value in data.items() if not key.startswith(".")}
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     before = _written_before(folder)
     changed = [key for key, value in data.items() if _content(folder / key) != value]
@@ -117,7 +119,11 @@ def _written_before(folder: Path) -> frozenset[str] | None:
         return None
     if not isinstance(names, list):
         return None
-    return frozenset(key for key in names if isinstance(key, str) and _KEY.fullmatch(key))
+    return frozenset(
+        key
+        for key in names
+        if isinstance(key, str) and _KEY.fullmatch(key) and not key.startswith(".")
+    )
 
 
 def _content(path: Path) -> bytes | None:

@@ -28,7 +28,6 @@ from mesh.store.api import (
     Delete,
     KVStore,
     ModRevisionIs,
-    Operation,
     Put,
     Snapshot,
     StoreUnavailable,
@@ -40,8 +39,6 @@ logger = logging.getLogger(__name__)
 # Asks the store so often whether it is there: a watch alone tells of nothing while it is away.
 _LOOK_S: Final = 5.0
 _LOOK_AWAY_S: Final = 1.0
-# Keys that one transaction deletes.
-_BATCH: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +176,7 @@ class Mesh:
 
     async def forget_failures(self, model_ids: Collection[str]) -> None:
         """What failed may be tried again at once: its cause has been seen to."""
-        keys = [
-            registry.failure_key(failure.model_id, failure.instance_id)
-            for failure in self.view.all_failures()
-            if failure.model_id in model_ids
-        ]
-        for at in range(0, len(keys), _BATCH):
-            operations: list[Operation] = [Delete(key) for key in keys[at : at + _BATCH]]
-            await self._store.txn([], operations)
+        await self._catalog.forget_failures(model_ids)
 
     async def offer_runtimes(self, runtimes: Mapping[str, Mapping[str, object]]) -> None:
         """Tell routers which runtimes have pods on demand; no write when they know."""

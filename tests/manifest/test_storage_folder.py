@@ -90,3 +90,14 @@ def test_a_marker_that_cannot_be_read_deletes_nothing(tmp_path: Path) -> None:
 def test_an_api_servers_secret_is_taken_as_far_as_it_can_be_read() -> None:
     assert data_of({"data": {"a": "MQ==", "b": "!"}}) == {"a": b"1"}
     assert data_of(None) == {} and data_of({"data": None}) == {}
+
+
+def test_an_entry_that_begins_with_a_dot_is_none_and_cannot_forge_the_marker(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a-persons").write_bytes(b"theirs")
+    write_folder(tmp_path, {"main": b"ours", ".written": b'["a-persons", ".."]', ".other": b"x"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".written", "a-persons", "main"]
+    write_folder(tmp_path, {})
+    assert (tmp_path / "a-persons").read_bytes() == b"theirs"
+    assert not (tmp_path / "main").exists()
